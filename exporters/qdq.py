@@ -1,0 +1,200 @@
+"""QDQ export: the source graph with QuantizeLinear / DequantizeLinear pairs and integer weights, and nothing else changed.
+
+For a value v the names are `v_scale`, `v_zero_point`, `v_quantized` and `v_dequantized`, for the nodes `v_QuantizeLinear`, `v_Clip` and
+`v_DequantizeLinear`. A weight w becomes `w_quantized`, and its DequantizeLinear makes the value `w`, so that the node that reads it is
+untouched.
+
+Fewer than 8 bits travel in 8-bit integers. What keeps them on their grid is a Clip on the integers between QuantizeLinear and
+DequantizeLinear: ONNX Runtime keeps its integer kernels around it, which it does not for a Clip on floats. A Relu or Clip in front of a
+quantizer is folded into those bounds, which is exact: rounding is monotone, so round(clip(x, a, b)) = clip(round(x), round(a), round(b)).
+"""
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, version_converter
+
+from toolchain.errors import ExportError
+from toolchain.quant_table import QuantTable, TensorQuant, quantize
+
+from .storage import Storage, storage_of
+
+METADATA_PREFIX = "mrecg_onnx."
+
+
+def export_qdq(model: onnx.ModelProto, table: QuantTable, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """Return a copy of a float model that computes on the grids of a table.
+
+    Args:
+        model: the normalised float model that the table was made for.
+        table: grids by value name; those with codes are constants of the model.
+        metadata: added to the model's metadata under the prefix `mrecg_onnx.`.
+
+    Raises:
+        ExportError: a grid has no ONNX type, or the opset cannot be raised to the one it needs.
+    """
+    needed = max((storage_of(grid.spec).opset for grid in table.tensors.values()), default=0)
+    quantized = _at_opset(model, needed)
+    graph = quantized.graph
+    _Editor(graph, table).edit()
+    onnx.helper.set_model_props(
+        quantized,
+        {entry.key: entry.value for entry in model.metadata_props}
+        | {METADATA_PREFIX + key: value for key, value in (metadata or {}).items()},
+    )
+    try:
+        onnx.checker.check_model(quantized)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
+    return quantized
+
+
+def write_model(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model beside its place and move it there, so that no half-written file is ever seen.
+
+    Raises:
+        ExportError: the folder cannot be written.
+    """
+    handle = None
+    try:
+        descriptor, handle = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(model.SerializeToString(deterministic=True))
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(handle, 0o666 & ~umask)  # mkstemp makes private files
+        os.replace(handle, path)
+    except OSError as error:
+        if handle is not None:
+            Path(handle).unlink(missing_ok=True)
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _at_opset(model: onnx.ModelProto, needed: int) -> onnx.ModelProto:
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset >= needed:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        return copy
+    try:
+        raised = version_converter.convert_version(model, needed)
+    except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
+        raise ExportError(f"16-bit grids need opset {needed}, and opset {opset} cannot be raised: {error}") from error
+    raised.ir_version = max(raised.ir_version, 10)  # opset 21 came with IR 10
+    return raised
+
+
+class _Editor:
+    """Rewrites one graph in place."""
+
+    def __init__(self, graph: onnx.GraphProto, table: QuantTable) -> None:
+        self._graph = graph
+        self._table = table
+        self._outputs = {output.name for output in graph.output}
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._new_constants: list[onnx.TensorProto] = []
+
+    def edit(self) -> None:
+        table = self._table.tensors
+        nodes: list[onnx.NodeProto] = []
+        renamed = {name: f"{name}_dequantized" for name, grid in table.items() if grid.codes is None}
+        for name, grid in table.items():
+            if grid.codes is not None:
+                nodes.append(self._constant_pair(name, grid))
+        for value in self._graph.input:
+            if value.name in renamed:
+                nodes += self._pair(value.name, value.name, table[value.name], (None, None))
+        for node in self._graph.node:
+            kept = onnx.NodeProto()
+            kept.CopyFrom(node)
+            for index, value in enumerate(kept.input):
+                kept.input[index] = renamed.get(value, value)
+            quantized = [output for output in node.output if output in renamed]
+            bounds = self._absorbed(node) if quantized == list(node.output) else None
+            if bounds is None:
+                nodes.append(kept)
+            for output in quantized:
+                origin = output if bounds is None else kept.input[0]
+                nodes += self._pair(output, origin, table[output], bounds or (None, None))
+        del self._graph.node[:]
+        self._graph.node.extend(nodes)
+        self._replace_initializers()
+
+    def _absorbed(self, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
+        """The float bounds of a Relu or Clip that the quantizer behind it takes over; None where the node must stay."""
+        if node.domain not in ("", "ai.onnx") or node.op_type not in ("Relu", "Clip") or node.output[0] in self._outputs:
+            return None
+        if any(name and name not in self._constants for name in node.input[1:]):
+            return None
+        bounds = [numpy_helper.to_array(self._constants[name]).item() if name else None for name in node.input[1:]]
+        low, high = (0.0, None) if node.op_type == "Relu" else [*bounds, None, None][:2]
+        grid = self._table[node.output[0]]
+        storage = storage_of(grid.spec)
+        if storage.dtype.itemsize > 1 and _code_range(grid, (low, high)) != (storage.low, storage.high):
+            return None  # ONNX Runtime has no Clip kernel for 16-bit integers
+        return (low, high)
+
+    def _pair(self, name: str, origin: str, grid: TensorQuant, bounds: tuple[float | None, float | None]) -> list[onnx.NodeProto]:
+        """QuantizeLinear, Clip on the integers where the type is wider than the grid, DequantizeLinear."""
+        storage = storage_of(grid.spec)
+        parameters = self._parameters(name, grid, storage)
+        low, high = _code_range(grid, bounds)
+        nodes = [helper.make_node("QuantizeLinear", [origin, *parameters], [f"{name}_quantized"], f"{name}_QuantizeLinear")]
+        codes = f"{name}_quantized"
+        # A tied value holds codes of the grid already.
+        if (low, high) != (storage.low, storage.high) and grid.tied_to is None:
+            limits = [self._constant(f"{name}_{end}", np.array(code, storage.dtype)) for end, code in (("qmin", low), ("qmax", high))]
+            nodes.append(helper.make_node("Clip", [codes, *limits], [f"{name}_clipped"], f"{name}_Clip"))
+            codes = f"{name}_clipped"
+        nodes.append(helper.make_node("DequantizeLinear", [codes, *parameters], [f"{name}_dequantized"], f"{name}_DequantizeLinear"))
+        return nodes
+
+    def _constant_pair(self, name: str, grid: TensorQuant) -> onnx.NodeProto:
+        assert grid.codes is not None
+        storage = storage_of(grid.spec)
+        codes = self._constant(f"{name}_quantized", grid.codes.astype(storage.dtype))
+        parameters = self._parameters(name, grid, storage)
+        node = helper.make_node("DequantizeLinear", [codes, *parameters], [name], f"{name}_DequantizeLinear")
+        if grid.spec.axis is not None:
+            node.attribute.append(helper.make_attribute("axis", grid.spec.axis))
+        return node
+
+    def _parameters(self, name: str, grid: TensorQuant, storage: Storage) -> list[str]:
+        return [
+            self._constant(f"{name}_scale", np.asarray(grid.scale, np.float32)),
+            self._constant(f"{name}_zero_point", np.asarray(grid.zero_point).astype(storage.dtype)),
+        ]
+
+    def _constant(self, name: str, array: np.ndarray) -> str:
+        self._new_constants.append(numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else array, name))
+        return name
+
+    def _replace_initializers(self) -> None:
+        """Drop constants that nothing reads any more (float weights, absorbed bounds) and what was declared of vanished values."""
+        read = set(_reads(self._graph.node)) | self._outputs
+        made = {value for node in self._graph.node for value in node.output}
+        kept = [tensor for tensor in self._graph.initializer if tensor.name in read and tensor.name not in made]
+        del self._graph.initializer[:]
+        self._graph.initializer.extend([*kept, *self._new_constants])
+        known = made | {tensor.name for tensor in self._graph.initializer}
+        infos = [info for info in self._graph.value_info if info.name in known]
+        del self._graph.value_info[:]
+        self._graph.value_info.extend(infos)
+
+
+def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) -> tuple[int, int]:
+    """The codes that a grid uses for floats within bounds."""
+    low, high = (None if bound is None else int(quantize(np.array(bound, np.float32), grid)) for bound in bounds)
+    return grid.spec.qmin if low is None else low, grid.spec.qmax if high is None else high
+
+
+def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from _reads(subgraph.node)

@@ -1,0 +1,129 @@
+"""Where quantizers go, on graphs small enough to read."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests import zoo
+from toolchain.errors import UsageError
+from toolchain.placement import Placement, edges, match_nodes, place
+from toolchain.scheme import ORT_CPU, Precision
+from toolchain.source import SourceModel, infer_types
+
+
+def placed(model: onnx.ModelProto, folder: Path, *, keep: tuple[str, ...] = (), **bits: Any) -> tuple[SourceModel, Placement]:
+    source = zoo.loaded(model, folder)
+    types = infer_types(source, {spec.name: tuple(int(d or 0) for d in spec.shape[1:]) for spec in source.inputs})
+    return source, place(source, types, ORT_CPU, Precision(**bits), match_nodes(source.graph, keep))
+
+
+def bits_of(found: Placement) -> dict[str, int]:
+    return {name: spec.bits for name, spec in found.activations.items()}
+
+
+def test_residual_network(tmp_path: Path) -> None:
+    source, found = placed(zoo.tiny_resnet(), tmp_path)
+    kinds = {value: node.op_type for node in source.graph.nodes for value in node.outputs}
+    bits = {(kinds.get(name, "input"), b) for name, b in bits_of(found).items()}
+    # The image and what the classifier reads at 8 bits, operands at 4, addends and what is pooled at 8, nothing in front of Relu or Clip.
+    assert bits == {("input", 8), ("Relu", 4), ("Relu", 8), ("Clip", 4), ("Conv", 8), ("GlobalAveragePool", 8)}
+    pre_activation = {node.inputs[0] for node in source.graph.nodes if node.op_type in ("Relu", "Clip")}
+    assert not pre_activation & set(found.activations)
+    assert "Add" not in {kinds.get(name) for name in found.activations}  # its result is behind the Relu
+    assert [spec.bits for spec in found.weights.values()] == [8, 4, 4, 4, 4, 4, 8]
+    assert not found.floats
+    assert len(found.biases) == 7
+    assert source.graph.outputs[0] not in found.activations
+    flattened = next(value for value, kind in kinds.items() if kind == "Flatten")
+    assert found.tied[flattened] in found.activations
+
+
+def test_same_bits_everywhere(tmp_path: Path) -> None:
+    _, found = placed(zoo.tiny_resnet(), tmp_path, weight_bits=3, activation_bits=4, first_last_bits=None)
+    assert {spec.bits for spec in found.weights.values()} == {3}
+    assert sorted(set(bits_of(found).values())) == [4, 8]  # 8: the addends
+
+
+def test_wide_activations_are_never_narrowed_by_the_other_rules(tmp_path: Path) -> None:
+    _, found = placed(zoo.tiny_resnet(), tmp_path, activation_bits=16)
+    assert set(bits_of(found).values()) == {16}
+
+
+def test_kept_float_nodes_and_their_report(tmp_path: Path) -> None:
+    source, everything = placed(zoo.tiny_resnet(), tmp_path)
+    first = source.graph.weighted[0]
+    source, found = placed(zoo.tiny_resnet(), tmp_path, keep=(first.name,))
+    assert [(row.node, row.reason) for row in found.floats] == [(first.name, "kept float on request")]
+    assert set(everything.weights) - set(found.weights) == {first.inputs[1]}
+    assert "x" not in found.activations  # nothing on integers reads the image any more
+
+
+def test_keep_float_patterns(tmp_path: Path) -> None:
+    graph = zoo.loaded(zoo.tiny_resnet(), tmp_path).graph
+    gemm = next(node.name for node in graph.nodes if node.op_type == "Gemm")
+    assert match_nodes(graph, ["Gemm"]) == match_nodes(graph, [gemm]) == match_nodes(graph, [r"node_gemm\d+"]) == {gemm}
+    with pytest.raises(UsageError, match=r"'Gem': matches no node name and no operator type \(did you mean 'Gemm'"):
+        match_nodes(graph, ["Gem"])
+    with pytest.raises(UsageError, match="no regular expression"):
+        match_nodes(graph, ["node_("])
+
+
+def test_edges_follow_the_dataflow(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    stem = b.conv("x", 3, 8, act="relu")
+    other = b.conv("x", 3, 8, act="relu")
+    trunk = b.conv(b.op("Add", stem, other), 8, 8, act="relu")
+    source = zoo.loaded(b.model(b.head(trunk, 8), b.conv(trunk, 8, 2)), tmp_path)
+    first, last = edges(source.graph)
+    kind = {node.name: node.op_type for node in source.graph.nodes}
+    assert sorted(kind[name] for name in first) == ["Conv", "Conv"]
+    assert sorted(kind[name] for name in last) == ["Conv", "Gemm"]
+    assert not first & last
+
+
+def test_a_shared_weight_has_one_grid(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 8, 8, 8]})
+    w = b.weight("shared", (8, 8, 3, 3), 72)
+    x = "x"
+    for _ in range(3):
+        x = b.op("Relu", b.op("Conv", x, w, pads=[1, 1, 1, 1]))
+    _, found = placed(b.model(b.op("GlobalAveragePool", x)), tmp_path)
+    assert {name: spec.bits for name, spec in found.weights.items()} == {"shared": 8}  # the first and last layers' 8 wins
+
+
+def test_biases_that_cannot_be_integers_are_reported(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 6]})
+    y = b.op("Gemm", "x", b.weight("w", (6, 4), 6), b.constant("c", np.ones(4, np.float32)), alpha=0.5)
+    _, found = placed(b.model(y), tmp_path)
+    assert list(found.weights) == ["w"]
+    assert not found.biases
+    assert [row.reason for row in found.floats] == ["its bias stays float: Gemm scales it (alpha or beta is not 1)"]
+
+
+def test_products_of_two_activations_are_quantized(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 4, 6]})
+    q, k = (b.op("MatMul", "x", b.weight(f"w{i}", (6, 6), 6)) for i in "qk")
+    scores = b.op("Softmax", b.op("MatMul", q, b.op("Transpose", k, perm=[0, 2, 1])))
+    y = b.op("MatMul", scores, "x")
+    _, found = placed(b.model(b.op("MatMul", y, b.weight("wo", (6, 6), 6))), tmp_path)
+    assert {q, k, scores, y} <= set(found.activations)
+
+
+def test_padding_with_another_value_than_zero_is_no_data_movement(tmp_path: Path) -> None:
+    for value, tied in ((0.0, True), (1.5, False)):
+        b = zoo.Builder({"x": ["N", 3, 8, 8]})
+        y = b.conv("x", 3, 8, act="relu")
+        padded = b.op(
+            "Pad",
+            y,
+            b.constant("pads", np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64)),
+            b.constant("value", np.array(value, np.float32)),
+            mode="constant",
+        )
+        z = b.conv(b.op("Add", padded, padded), 8, 8)
+        _, found = placed(b.model(z), tmp_path)
+        assert (padded in found.tied) is tied
+        assert (padded in found.activations) is not tied

@@ -1,0 +1,126 @@
+"""One arithmetic, three executions: NumPy, torch and ONNX Runtime give the same codes bit for bit; and the laws of quantizers."""
+
+import numpy as np
+import onnx.parser
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from toolchain.fake_quant import LearnedStep, fake_quantize, rounding_logits, soft_round
+from toolchain.quant_table import QuantSpec, TensorQuant, activation_spec, dequantize, quantize, weight_spec
+
+SCALES = st.floats(2**-20, 2**10, width=32)
+ARRAYS = hnp.arrays(np.float32, st.integers(1, 40), elements=st.floats(-1000, 1000, width=32))
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> TensorQuant:
+    """Per-tensor activation grids of 2 to 8 bits."""
+    spec = activation_spec(draw(st.integers(2, 8)), draw(st.booleans()))
+    zero_point = 0 if spec.symmetric else draw(st.integers(spec.qmin, spec.qmax))
+    return TensorQuant(spec, np.float32(draw(SCALES)), np.int32(zero_point))
+
+
+def runtime_session(storage: str) -> ort.InferenceSession:
+    text = f"""<ir_version: 8, opset_import: ["" : 13]>
+    g (float[N] x, float s, {storage} z, {storage} lo, {storage} hi) => (float[N] y) {{
+        q = QuantizeLinear(x, s, z)
+        c = Clip(q, lo, hi)
+        y = DequantizeLinear(c, s, z)
+    }}"""
+    return ort.InferenceSession(onnx.parser.parse_model(text).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+SESSIONS = {"uint8": runtime_session("uint8"), "int8": runtime_session("int8")}
+
+
+@given(ARRAYS, grids())
+@settings(deadline=None)
+def test_numpy_torch_and_onnxruntime_agree_bit_for_bit(x: np.ndarray, grid: TensorQuant) -> None:
+    expected = dequantize(quantize(x, grid), grid)
+    assert np.array_equal(fake_quantize(torch.from_numpy(x), grid).numpy(), expected)
+    dtype = "int8" if grid.spec.signed else "uint8"
+    feeds = {
+        "x": x,
+        "s": np.asarray(grid.scale),
+        **{n: np.array(v, dtype) for n, v in (("z", grid.zero_point), ("lo", grid.spec.qmin), ("hi", grid.spec.qmax))},
+    }
+    assert np.array_equal(np.asarray(SESSIONS[dtype].run(None, feeds)[0]), expected)
+
+
+@given(ARRAYS, grids())
+def test_quantizing_twice_changes_nothing(x: np.ndarray, grid: TensorQuant) -> None:
+    codes = quantize(x, grid)
+    assert np.array_equal(quantize(dequantize(codes, grid), grid), codes)
+
+
+@given(ARRAYS, grids())
+def test_quantizing_is_monotone_and_keeps_zero(x: np.ndarray, grid: TensorQuant) -> None:
+    codes = quantize(np.sort(x), grid)
+    assert (np.diff(codes) >= 0).all()
+    assert codes.min() >= grid.spec.qmin
+    assert codes.max() <= grid.spec.qmax
+    assert dequantize(quantize(np.zeros(1, np.float32), grid), grid)[0] == 0.0
+
+
+@given(ARRAYS, grids(), st.floats(-100, 100, width=32), st.floats(-100, 100, width=32))
+def test_a_clip_on_floats_is_a_clip_on_codes(x: np.ndarray, grid: TensorQuant, a: float, b: float) -> None:
+    """What the exporter relies on when it folds Relu and Clip into the integer bounds."""
+    low, high = min(a, b), max(a, b)
+    bounds = quantize(np.array([low, high], np.float32), grid)
+    assert np.array_equal(quantize(np.clip(x, np.float32(low), np.float32(high)), grid), np.clip(quantize(x, grid), *bounds))
+
+
+def test_ranges_of_specs() -> None:
+    assert [(weight_spec(b, 0, True).qmin, weight_spec(b, 0, True).qmax) for b in (2, 4, 8)] == [(-2, 1), (-8, 7), (-127, 127)]
+    assert (activation_spec(4, False).qmin, activation_spec(4, False).qmax) == (0, 15)
+    assert (activation_spec(4, True).qmin, activation_spec(4, True).qmax) == (-8, 7)
+
+
+def test_per_channel_grids_broadcast_along_their_axis() -> None:
+    spec = QuantSpec(8, signed=True, symmetric=True, axis=1)
+    grid = TensorQuant(spec, np.array([1.0, 0.5], np.float32), np.zeros(2, np.int32))
+    assert np.array_equal(quantize(np.full((3, 2), 2.0, np.float32), grid), [[2, 4]] * 3)
+
+
+@given(st.floats(0, 1, exclude_max=True, width=32))
+def test_soft_rounding_starts_at_the_fraction(fraction: float) -> None:
+    logits = rounding_logits(torch.tensor([fraction], dtype=torch.float64))
+    assert soft_round(logits).item() == pytest.approx(fraction, abs=1e-6)  # float32 literals of the stretch
+
+
+def reference(x: torch.Tensor, step: torch.Tensor, low: int, high: int, keep: torch.Tensor) -> torch.Tensor:
+    """LSQ written with autograd and detach: round is straight through, clamp is differentiated."""
+    scaled = x / step
+    clamped = scaled.clamp(low, high)
+    quantized = (clamped.round() - clamped).detach() + clamped
+    return torch.where(keep > 0, quantized * step, x)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(("low", "high"), [(0, 15), (-8, 7), (-3, 12)])
+def test_learned_step_has_the_gradients_of_lsq(dropped: bool, low: int, high: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 5, 5, generator=generator) * 3
+    step = torch.tensor(0.3)
+    keep = (torch.rand(x.shape, generator=generator) < 0.5).float() if dropped else torch.ones_like(x)
+    grad = torch.randn(x.shape, generator=generator)
+    results = []
+    for function in (reference, LearnedStep.apply):
+        leaf, size = x.clone().requires_grad_(), step.clone().requires_grad_()
+        out = function(leaf, size, low, high, keep)
+        out.backward(grad)
+        results.append((out.detach(), leaf.grad, size.grad))
+    (out_a, x_a, s_a), (out_b, x_b, s_b) = results
+    torch.testing.assert_close(out_b, out_a, atol=1e-6, rtol=0)
+    # clamp's gradient at the last half step differs by convention: codes that round into the range count as inside here
+    inside = ((x / step) >= low) & ((x / step) <= high)
+    torch.testing.assert_close(x_b[inside], x_a[inside], atol=1e-6, rtol=0)
+    far = ((x / step) < low - 0.5) | ((x / step) > high + 0.5)
+    torch.testing.assert_close(x_b[far], x_a[far], atol=1e-6, rtol=0)
+    edge = ~(inside | far)
+    expected = s_a - (grad * keep * (x / step).clamp(low, high))[edge].sum() + (grad * keep * ((x / step).round() - x / step))[edge].sum()
+    torch.testing.assert_close(s_b, expected, atol=1e-4, rtol=0)  # a sum of 300 float32 terms

@@ -1,0 +1,179 @@
+"""The optimisation of a unit: its gradients, its schedule, and that it does what it promises."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests import zoo
+from toolchain import reconstruction
+from toolchain.calibration import calibrate_weight
+from toolchain.config import Config, Settings
+from toolchain.fake_quant import soft_round
+from toolchain.pipeline import Quantized, quantize
+from toolchain.quant_table import QuantTable, TensorQuant, weight_spec
+from toolchain.quant_table import quantize as encode
+
+SETTINGS = Settings(iterations=100)
+
+
+def rounding(weights: dict[str, np.ndarray], symmetric: bool = True, bits: int = 3) -> tuple[reconstruction._Rounding, QuantTable]:
+    grids: dict[str, TensorQuant] = {}
+    for name, weight in weights.items():
+        found = calibrate_weight(weight, weight_spec(bits, 0, symmetric), "mse", 99.99)
+        grids[name] = replace(found, codes=encode(weight, found))
+    table = QuantTable(grids)
+    return reconstruction._Rounding(weights, table, torch.device("cpu")), table
+
+
+def weights() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in (("conv", (4, 3, 3, 3)), ("depthwise", (6, 1, 3, 3)), ("gemm", (5, 7)))
+    }
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_soft_weights_start_at_the_float_weights(symmetric: bool) -> None:
+    """h(V) = frac at the start, so that inside the grid nothing is rounded yet; beyond it weights sit on its ends."""
+    arrays = weights()
+    state, table = rounding(arrays, symmetric)
+    for name, soft in state.soft_weights().items():
+        grid = table[name]
+        scale, zero_point = (np.asarray(p).reshape(-1, *[1] * (arrays[name].ndim - 1)) for p in (grid.scale, grid.zero_point))
+        ends = (grid.spec.qmin - zero_point) * scale, (grid.spec.qmax - zero_point) * scale
+        np.testing.assert_allclose(soft.detach().numpy(), np.clip(arrays[name], *ends), atol=1e-5, rtol=0)  # float32 log and exp
+
+
+def test_hard_and_soft_rounding_agree_once_decided() -> None:
+    arrays = weights()
+    state, table = rounding(arrays)
+    with torch.no_grad():
+        state.logits.copy_(torch.where(state.logits >= 0, 10.0, -10.0))
+    assert state.undecided() == 0.0
+    soft = state.soft_weights()
+    for name, grid in state.hard_codes(table).items():
+        np.testing.assert_allclose(grid.dequantized(), soft[name].detach().numpy(), atol=1e-6, rtol=0)
+        assert grid.codes is not None
+        assert grid.codes.min() >= grid.spec.qmin
+        assert grid.codes.max() <= grid.spec.qmax
+        assert np.abs(grid.codes - table[name].codes).max() <= 1  # rounding moves a weight to a neighbouring level at most
+
+
+@pytest.mark.parametrize("beta", [None, 2.0, 7.5, 20.0])
+def test_gradient_of_the_rounding_logits_is_that_of_autograd(beta: float | None) -> None:
+    arrays = weights()
+    state, _ = rounding(arrays)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        state.logits.copy_(torch.randn(state.logits.shape, generator=generator) * 2)
+    targets = {name: torch.randn(array.shape, generator=generator) for name, array in arrays.items()}
+    torch.stack([((weight * targets[name]) ** 2).sum() for name, weight in state.soft_weights().items()]).sum().backward()
+    state.set_gradient(0.3, beta)
+    found = state.logits.grad
+    logits = state.logits.detach().clone().requires_grad_()
+    soft = soft_round_differentiable(logits)
+    flat = state._fixed + soft * state._span
+    loss = torch.stack([((weight * targets[name]) ** 2).sum() for name, weight in state._views(flat).items()]).sum()
+    if beta is not None:
+        loss = loss + 0.3 * (1 - (2 * soft - 1).abs() ** beta).sum()
+    loss.backward()
+    assert found is not None
+    assert logits.grad is not None
+    torch.testing.assert_close(found, logits.grad, atol=1e-5, rtol=1e-4)
+
+
+def soft_round_differentiable(logits: torch.Tensor) -> torch.Tensor:
+    """`soft_round` works in place, which autograd cannot see through."""
+    h = (torch.sigmoid(logits) * 1.2 - 0.1).clamp(0, 1)
+    torch.testing.assert_close(h.detach(), soft_round(logits.detach()), atol=1e-7, rtol=0)
+    return h
+
+
+def test_beta_schedule() -> None:
+    betas = [reconstruction._beta(i, SETTINGS) for i in range(100)]
+    assert betas[:20] == [None] * 20
+    assert betas[20] == SETTINGS.beta_start
+    assert all(b is not None for b in betas[20:])
+    assert np.allclose(np.diff(np.array(betas[20:], float)), (SETTINGS.beta_end - SETTINGS.beta_start) / 80)
+    assert betas[-1] == pytest.approx(SETTINGS.beta_end, abs=0.25)  # the end is reached after the last step
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 5, 5), (50, 7)])
+def test_coins_are_fair_and_laid_out_like_their_tensor(shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape)
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros(shape)
+    for _ in range(200):
+        coins = reconstruction._coins(x, 0.25, generator)
+        assert coins.stride() == x.stride()
+        assert set(coins.unique().tolist()) <= {0.0, 1.0}
+        total += coins
+    assert total.mean().item() / 200 == pytest.approx(0.25, abs=0.01)  # 70,000 coins: four standard errors are 0.0066
+    assert ((total / 200 - 0.25).abs() < 0.2).all()  # every position flips: six standard errors of 200 coins
+    assert (reconstruction._coins(x, 1.0, generator) == 1).all()
+
+
+def test_loss_sums_channels_and_averages_the_rest() -> None:
+    target = torch.zeros(2, 3, 4, 5)
+    assert reconstruction.loss_of({"y": target + 2.0}, {"y": target}).item() == pytest.approx(4.0 * 3)
+    sequence = torch.zeros(2, 4, 7)
+    assert reconstruction.loss_of({"y": sequence + 1.0}, {"y": sequence}).item() == pytest.approx(7.0)
+    assert reconstruction.energy({"y": target + 2.0}) == pytest.approx(12.0)
+
+
+def run(folder: Path, **options: Any) -> Quantized:
+    source = zoo.loaded(zoo.tiny_resnet(), folder)
+    settings: dict[str, Any] = {"iterations": 60, "weight_bits": 3, "device": "cpu", **options}
+    return quantize(source, zoo.images(64), Config(**settings))
+
+
+def same_codes(a: TensorQuant, b: TensorQuant) -> bool:
+    return a.codes is b.codes or (a.codes is not None and b.codes is not None and np.array_equal(a.codes, b.codes))
+
+
+@pytest.mark.parametrize("algorithm", ["adaround", "brecq", "qdrop"])
+def test_every_algorithm_lowers_the_loss(algorithm: str, tmp_path: Path) -> None:
+    found = run(tmp_path, algorithm=algorithm, units="none")
+    assert [result.kept for result in found.results].count("learned") >= len(found.results) - 1
+    assert sum(r.loss_after for r in found.results) < 0.9 * sum(r.loss_before for r in found.results)
+    assert len(found.results) == (7 if algorithm == "adaround" else 4)
+
+
+def test_same_seed_same_codes(tmp_path: Path) -> None:
+    a, b, c = run(tmp_path, seed=1), run(tmp_path, seed=1), run(tmp_path, seed=2)
+    assert all(same_codes(a.table[name], b.table[name]) for name in a.table)
+    assert all(a.table[name].scale.tobytes() == b.table[name].scale.tobytes() for name in a.table)
+    assert not all(same_codes(a.table[name], c.table[name]) for name in a.table)
+
+
+def test_a_reconstruction_that_fails_keeps_the_calibrated_unit(tmp_path: Path) -> None:
+    """Steps of a hundred times the weights' grid wreck every unit; none of it may reach the table."""
+    wrecked = run(tmp_path, weight_lr=0.0, activation_lr=50.0)
+    plain = run(tmp_path, algorithm="mse")
+    assert {result.kept for result in wrecked.results} == {"initial"}
+    for name, grid in plain.table.tensors.items():
+        assert np.array_equal(wrecked.table[name].scale, grid.scale)
+        assert same_codes(wrecked.table[name], grid)
+
+
+def test_merged_units_are_learned_jointly(tmp_path: Path) -> None:
+    found = run(tmp_path, units="manual", merge=("b01+b02",))
+    assert [result.unit for result in found.results] == ["b00", "b01+b02", "b03"]
+    assert found.plan.merged == {1}
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int, float]] = []
+    source = zoo.loaded(zoo.tiny_resnet(), tmp_path)
+    quantize(source, zoo.images(16), Config(iterations=5, device="cpu"), lambda *call: calls.append(call))
+    last = calls[-1]
+    assert last[0] == "reconstructing b03"
+    assert last[1] == last[2]
+    assert [c[1] for c in calls if c[0].startswith("recon")] == sorted(c[1] for c in calls if c[0].startswith("recon"))

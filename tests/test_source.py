@@ -1,0 +1,173 @@
+"""Loading: the normalised model gives the source's outputs, keeps its names, and refuses what it cannot take."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from tests import zoo
+from toolchain import runtime
+from toolchain.errors import UnsupportedModelError
+from toolchain.source import infer_types, load_source
+
+SAMPLE = Path(__file__).parent.parent / "sample_models" / "mobilenetv2_x0.5_cifar10.onnx"
+
+
+def outputs(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    return list(runtime.run(runtime.session(model), feeds).values())
+
+
+def with_batch_norm(opset: int = 17) -> onnx.ModelProto:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=opset)
+    y = b.conv("x", 3, 8, bias=False)
+    parameters = [
+        b.constant(f"bn_{name}", np.linspace(low, 1, 8).astype(np.float32)) for name, low in zip("sbmv", (0.5, -1, -1, 0.2), strict=True)
+    ]
+    y = b.op("Relu", b.op("BatchNormalization", y, *parameters, name="bn_out"))
+    # A BatchNormalization behind a Relu cannot be folded backwards.
+    z = b.op("BatchNormalization", y, *parameters, name="late_bn")
+    return b.model(b.head(z, 8))
+
+
+def test_batch_norm_is_folded_where_it_is_exact_and_names_survive(tmp_path: Path) -> None:
+    model = with_batch_norm()
+    source = zoo.loaded(model, tmp_path)
+    kinds = [node.op_type for node in source.graph.nodes]
+    assert kinds.count("BatchNormalization") == 1
+    assert source.graph.nodes[0].op_type == "Conv"
+    assert source.graph.nodes[0].outputs == ("bn_out",)  # the folded value keeps the name that its readers use
+    assert "conv0_w" in source.constants  # and the weight its own
+    x = zoo.images(4).inputs
+    np.testing.assert_allclose(outputs(source.model, x)[0], outputs(model, x)[0], atol=1e-5, rtol=0)  # float32 sums in another order
+
+
+def test_sample_model_survives_normalisation() -> None:
+    source = load_source(SAMPLE)
+    x = zoo.images(4, (3, 32, 32), name="image").inputs
+    np.testing.assert_allclose(outputs(source.model, x)[0], outputs(onnx.load(SAMPLE), x)[0], atol=1e-4, rtol=0)
+    original = onnx.load(SAMPLE)
+    names = {value for node in original.graph.node for value in node.output}
+    assert {value for node in source.graph.nodes for value in node.outputs} <= names
+    assert source.model.graph.input == original.graph.input
+    assert source.model.graph.output == original.graph.output
+    assert [entry.domain for entry in source.model.opset_import] == [entry.domain for entry in original.opset_import]
+
+
+def test_constants_are_lifted_and_shape_arithmetic_folded(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    b.nodes.append(helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32))))
+    b.nodes.append(helper.make_node("Identity", ["w"], ["w2"]))
+    y = b.op("Conv", "x", "w2")
+    batch = b.op("Gather", b.op("Shape", y), b.constant("zero", np.array(0, np.int64)))  # x.view(x.size(0), -1), as torch exports it
+    batch = b.op("Unsqueeze", batch, b.constant("axis", np.array([0], np.int64)))
+    shape = b.op("Concat", batch, b.constant("rest", np.array([-1], np.int64)), axis=0)
+    model = b.model(b.op("Reshape", y, shape))
+    source = zoo.loaded(model, tmp_path)
+    assert {node.op_type for node in source.graph.nodes} == {"Conv", "Reshape"}
+    assert len(source.graph.weighted) == 1
+
+
+def test_nodes_get_unique_names(tmp_path: Path) -> None:
+    model = zoo.tiny_resnet()
+    for index, node in enumerate(model.graph.node):
+        node.name = "" if index % 2 else "same"
+    source = zoo.loaded(model, tmp_path)
+    names = [node.name for node in source.graph.nodes]
+    assert len(set(names)) == len(names)
+    assert all(names)
+
+
+def test_two_loads_are_byte_identical(tmp_path: Path) -> None:
+    a, b = (zoo.loaded(zoo.tiny_resnet(), tmp_path).model.SerializeToString(deterministic=True) for _ in range(2))
+    assert a == b
+
+
+@pytest.mark.parametrize("opset", [9, 11, 12])
+def test_old_opsets_are_raised(opset: int, tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=opset, ir_version=4)
+    model = b.model(b.head(b.conv("x", 3, 8, act="relu"), 8))
+    source = zoo.loaded(model, tmp_path)
+    assert source.opset == 13
+    x = zoo.images(2).inputs
+    np.testing.assert_allclose(outputs(source.model, x)[0], outputs(model, x)[0], atol=1e-5, rtol=0)
+
+
+def test_initializers_as_graph_inputs(tmp_path: Path) -> None:
+    """ir_version 3 files list every weight among the inputs."""
+    model = zoo.tiny_resnet()
+    model.ir_version = 3
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    source = zoo.loaded(model, tmp_path)
+    assert [spec.name for spec in source.inputs] == ["x"]
+    assert len(source.graph.weighted) == 7
+
+
+def test_a_fixed_batch_can_be_run_on_any(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": [1, 3, 8, 8]})
+    y = b.op("Reshape", b.conv("x", 3, 4, stride=2), b.constant("shape", np.array([1, 64], np.int64)))
+    source = zoo.loaded(b.model(b.linear(y, 64, 5)), tmp_path)
+    types = infer_types(source, {"x": (3, 8, 8)})
+    assert types.shapes[source.graph.outputs[0]] == (5,)
+    assert source.graph.outputs[0] in types.batched
+
+
+def test_only_sample_arrays_are_batched(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    y = b.conv("x", 3, 4)
+    swapped = b.op("Transpose", y, perm=[1, 0, 2, 3])
+    shape = b.op("Shape", y)
+    back = b.op("Transpose", b.op("Sigmoid", swapped), perm=[1, 0, 2, 3])
+    model = b.model(b.op("Reshape", back, shape))
+    types = infer_types(zoo.loaded(model, tmp_path), {"x": (3, 8, 8)})
+    assert y in types.batched
+    assert swapped not in types.batched
+    assert shape not in types.batched
+
+
+def quantized() -> onnx.ModelProto:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    q = b.op("QuantizeLinear", "x", b.constant("s", np.array(0.1, np.float32)), b.constant("z", np.array(0, np.uint8)))
+    return b.model(b.conv(b.op("DequantizeLinear", q, "s", "z"), 3, 4))
+
+
+def without_weights() -> onnx.ModelProto:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    return b.model(b.op("Relu", "x"))
+
+
+def unknown_operator() -> onnx.ModelProto:
+    node = helper.make_node("Mystery", ["x"], ["y"], "n", domain="nowhere")
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 2]) for n in "xy"]
+    graph = helper.make_graph([node], "g", values[:1], values[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("nowhere", 1)], ir_version=8)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (quantized(), "quantized already"),
+        (without_weights(), "nothing to quantize"),
+        (unknown_operator(), "cannot load"),
+    ],
+    ids=["quantized", "without weights", "unknown operator"],
+)
+def test_unsupported_models(model: onnx.ModelProto, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        zoo.loaded(model, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an onnx file at all", b"\x00" * 64, zoo.tiny_resnet().SerializeToString()[:-100]])
+def test_broken_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=r"broken\.onnx: "):
+        load_source(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="no such file"):
+        load_source(tmp_path / "none.onnx")

@@ -1,0 +1,211 @@
+"""Every converter against ONNX Runtime: several shapes, attributes and opset versions."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from toolchain.errors import UnsupportedModelError
+from toolchain.graph import Graph, Node, boundary
+from toolchain.partition import Block
+from toolchain.source import InputSpec, SourceModel, infer_types
+from toolchain.torch_import import import_block
+
+ATOL = 2e-5  # float32 sums of at most a few hundred products of unit normals
+
+
+def node_model(kind: str, x: np.ndarray, constants: dict[str, np.ndarray | None], opset: int, **attributes: Any) -> onnx.ModelProto:
+    """One node with a data input `x`, and constants by input name (None: absent)."""
+    names = [name if array is not None else "" for name, array in constants.items()]
+    node = helper.make_node(kind, ["x", *names], ["y"], "node", **attributes)
+    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items() if array is not None]
+    x_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))
+    graph = helper.make_graph([node], "g", [x_info], [onnx.ValueInfoProto(name="y")], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def both(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ONNX Runtime, torch) outputs. The model is used as it is: cleaning it up would fold away what is tested."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    expected = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    proto = model.graph.node[0]
+    nodes = (Node(proto.name, proto.op_type, tuple(proto.input), tuple(proto.output)),)
+    graph = Graph(nodes, ("x",), ("y",), frozenset(t.name for t in model.graph.initializer))
+    source = SourceModel(Path("test"), "", model, graph, (InputSpec("x", np.dtype(np.float32), x.shape),))
+    inputs, outputs = boundary(graph, nodes)
+    block = Block("b", nodes, inputs, outputs, (), is_residual=False)
+    module = import_block(source, infer_types(source, {"x": x.shape[1:]}), block)
+    weights = {name: torch.tensor(source.constants[name]) for name in module.weights}
+    return np.asarray(expected), module({"x": torch.from_numpy(x), **weights})["y"].numpy()
+
+
+def check(kind: str, x: np.ndarray, constants: dict[str, np.ndarray | None] | None = None, opset: int = 17, **attributes: Any) -> None:
+    expected, found = both(node_model(kind, x, constants or {}, opset, **attributes), x)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@given(
+    rank=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 2),
+    group=st.sampled_from([1, 2, 4]),
+    auto=st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]),
+    pads=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    bias=st.booleans(),
+    opset=st.sampled_from([11, 17, 22]),
+)
+@settings(max_examples=60, deadline=None)
+def test_conv(rank: int, kernel: int, stride: int, dilation: int, group: int, auto: str, pads: list[int], bias: bool, opset: int) -> None:
+    if auto.startswith("SAME"):
+        dilation = 1  # ONNX Runtime refuses dilations with SAME padding
+    weight = normal(8, 4 // group, *[kernel] * rank, seed=1)
+    attributes: dict[str, Any] = {"strides": [stride] * rank, "dilations": [dilation] * rank, "group": group}
+    attributes |= {"pads": [*pads[:rank], *pads[3 : 3 + rank]]} if auto == "NOTSET" else {"auto_pad": auto}
+    constants: dict[str, np.ndarray | None] = {"w": weight, **({"b": normal(8, seed=2)} if bias else {})}
+    check("Conv", normal(2, 4, *[7] * rank), constants, opset, **attributes)
+
+
+@pytest.mark.parametrize("opset", [11, 17, 22])
+@pytest.mark.parametrize("pads", [[0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]])
+@pytest.mark.parametrize("group", [1, 2])
+def test_conv_transpose(opset: int, pads: list[int], group: int) -> None:
+    constants: dict[str, np.ndarray | None] = {"w": normal(4, 3, 3, 3, seed=1), "b": normal(3 * group, seed=2)}
+    check("ConvTranspose", normal(2, 4, 5, 5), constants, opset, strides=[2, 2], pads=pads, group=group, output_padding=[1, 1])
+
+
+@pytest.mark.parametrize("trans_a", [0, 1])
+@pytest.mark.parametrize("trans_b", [0, 1])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("bias", [None, (6,), (1, 6), (1,)])
+def test_gemm(trans_a: int, trans_b: int, alpha: float, beta: float, bias: tuple[int, ...] | None) -> None:
+    constants: dict[str, np.ndarray | None] = {"w": normal(*((6, 5) if trans_b else (5, 6)), seed=1)}
+    if bias is not None:
+        constants["b"] = normal(*bias, seed=2)
+    check("Gemm", normal(*((5, 3) if trans_a else (3, 5))), constants, 13, transA=trans_a, transB=trans_b, alpha=alpha, beta=beta)
+
+
+@pytest.mark.parametrize("shapes", [((3, 5), (5, 6)), ((2, 3, 5), (5, 6)), ((2, 4, 3, 5), (4, 5, 6))])
+def test_matmul(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    check("MatMul", normal(*shapes[0]), {"w": normal(*shapes[1], seed=1)})
+
+
+@given(
+    rank=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    auto=st.sampled_from(["NOTSET", "SAME_UPPER", "SAME_LOWER", "VALID"]),
+    pads=st.lists(st.integers(0, 2), min_size=6, max_size=6),
+    include=st.integers(0, 1),
+    kind=st.sampled_from(["MaxPool", "AveragePool"]),
+    opset=st.sampled_from([11, 17, 22]),
+)
+@settings(max_examples=80, deadline=None)
+def test_pooling(rank: int, kernel: int, stride: int, auto: str, pads: list[int], include: int, kind: str, opset: int) -> None:
+    low, high = ([min(p, kernel - 1) for p in part] for part in (pads[:rank], pads[3 : 3 + rank]))
+    attributes: dict[str, Any] = {"kernel_shape": [kernel] * rank, "strides": [stride] * rank}
+    attributes |= {"pads": [*low, *high]} if auto == "NOTSET" else {"auto_pad": auto}
+    if kind == "AveragePool":
+        attributes["count_include_pad"] = include
+    check(kind, normal(2, 3, *[7] * rank), opset=opset, **attributes)
+
+
+@pytest.mark.parametrize("kind", ["MaxPool", "AveragePool"])
+@pytest.mark.parametrize("size", [6, 7, 8])
+def test_pooling_with_ceil_mode(kind: str, size: int) -> None:
+    check(kind, normal(2, 3, size, size), kernel_shape=[3, 3], strides=[2, 2], ceil_mode=1)
+
+
+def test_global_pooling() -> None:
+    check("GlobalMaxPool", normal(2, 3, 5, 4))
+    check("GlobalAveragePool", normal(2, 3, 5, 4))
+    check("GlobalAveragePool", normal(2, 3, 5, 4), opset=22)
+
+
+@pytest.mark.parametrize("opset", [13, 18, 19, 21])
+@pytest.mark.parametrize("mode", ["constant", "reflect", "edge"])
+def test_pad(opset: int, mode: str) -> None:
+    check("Pad", normal(2, 3, 5, 5), {"pads": np.array([0, 0, 1, 2, 0, 0, 2, 1], np.int64)}, opset, mode=mode)
+
+
+def test_pad_with_axes_and_value() -> None:
+    pads, value, axes = np.array([1, 2, 2, 0], np.int64), np.array(3.5, np.float32), np.array([1, -1], np.int64)
+    check("Pad", normal(2, 3, 5, 5), {"pads": pads, "v": value, "axes": axes}, 18)
+    check("Pad", normal(2, 3, 5, 5), {"pads": pads, "v": None, "axes": axes}, 18)
+
+
+def test_pad_may_cut() -> None:
+    check("Pad", normal(2, 3, 5, 5), {"pads": np.array([0, 0, -1, 1, 0, 0, 0, -2], np.int64)}, 13)
+
+
+KINDS = ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keepdims", [0, 1])
+@pytest.mark.parametrize("axes", [[2, 3], [-1], None])
+def test_reductions_of_both_generations(kind: str, keepdims: int, axes: list[int] | None) -> None:
+    x = normal(2, 3, 4, 5)
+    constants: dict[str, np.ndarray | None] = {"axes": np.array(axes, np.int64)} if axes else {}
+    check(kind, x, constants, 18, keepdims=keepdims)
+    if kind == "ReduceSum":
+        check(kind, x, constants, 13, keepdims=keepdims)
+    elif axes:
+        check(kind, x, {}, 13, keepdims=keepdims, axes=axes)
+
+
+def test_reduction_without_axes_can_be_the_identity() -> None:
+    check("ReduceSum", normal(2, 3), {}, 13, noop_with_empty_axes=1)
+
+
+@pytest.mark.parametrize("opset", [14, 19, 21, 23])
+@pytest.mark.parametrize("shape", [[0, -1], [2, 3, -1], [0, 0, 20]])
+def test_reshape(opset: int, shape: list[int]) -> None:
+    check("Reshape", normal(2, 3, 4, 5), {"shape": np.array(shape, np.int64)}, opset)
+
+
+@given(st.lists(st.tuples(st.integers(-6, 6), st.integers(-6, 6), st.integers(1, 3)), min_size=1, max_size=2))
+@settings(max_examples=60, deadline=None)
+def test_slice(cuts: list[tuple[int, int, int]]) -> None:
+    x = normal(2, 5, 4)
+    index = (slice(None), *(slice(*cut) for cut in cuts))
+    if 0 in x[index].shape:
+        return  # an empty result is the subject of nothing here
+    starts, ends, steps = (np.array(column, np.int64) for column in zip(*cuts, strict=True))
+    check("Slice", x, {"starts": starts, "ends": ends, "axes": np.arange(1, 1 + len(cuts)), "steps": steps})
+
+
+@pytest.mark.parametrize(
+    ("kind", "opset", "attributes"),
+    [
+        ("Relu", 14, {}),
+        ("Sigmoid", 13, {}),
+        ("Softmax", 13, {"axis": 1}),
+        ("Flatten", 21, {}),
+        ("Transpose", 21, {"perm": [0, 2, 3, 1]}),
+        ("LeakyRelu", 16, {"alpha": 0.2}),
+        ("HardSwish", 14, {}),
+        ("Identity", 21, {}),
+    ],
+)
+def test_operators_of_onnx2torch_at_newer_versions(kind: str, opset: int, attributes: dict[str, Any]) -> None:
+    """Schemas that only admit more types than the newest one that onnx2torch registers are the same operator."""
+    check(kind, normal(2, 3, 4, 5), opset=opset, **attributes)
+
+
+def test_an_unknown_operator_names_its_node() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"node 'node'.*Hardmax"):
+        both(node_model("Hardmax", normal(2, 3), {}, 17), normal(2, 3))

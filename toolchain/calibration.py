@@ -1,0 +1,171 @@
+"""Ranges to grids: min-max, percentile and MSE (L2.4) calibration of weights per channel and activations per tensor."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .quant_table import QuantSpec, TensorQuant
+
+NORM = 2.4  # BRECQ, QDrop and MQBench search scales under the L2.4 norm of the rounding error
+CANDIDATES = 100  # shrink factors 0.01 .. 1.00 of the full range
+_BINS = 1 << 15
+# float32 represents integers up to 2^24: an int32 bias of fewer steps is exact in the simulation, with room for a step that shrinks.
+_MAX_BIAS_CODE = float(1 << 22)
+_SMALLEST_SCALE = 1e-12  # keeps scales, and products of two scales, normal floats
+_DEAD_CHANNEL_SCALE = 1e-6  # for channels without weights: fine enough for any bias, and `fit_bias` widens it where it is too fine
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Exact range and binned values of one activation. Bins are aligned to powers of two, so merging is exact and order-free.
+
+    Bin i covers [i - _BINS/2, i + 1 - _BINS/2) * 2^exponent.
+    """
+
+    low: float
+    high: float
+    exponent: int
+    counts: np.ndarray  # int64 [_BINS]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Histogram":
+        """The histogram of a tensor of any shape; it must be finite and not empty."""
+        low, high = (float(v) for v in torch.aminmax(tensor))
+        largest = max(abs(low), abs(high), _SMALLEST_SCALE)
+        exponent = int(np.frexp(largest)[1]) - int(np.log2(_BINS // 2))  # largest < 2^(exponent) * BINS/2
+        index = torch.floor(tensor.reshape(-1) * 2.0**-exponent).to(torch.int32).add_(_BINS // 2).clamp_(0, _BINS - 1)
+        counts = torch.bincount(index, minlength=_BINS).cpu().numpy().astype(np.int64)
+        return cls(low, high, exponent, counts)
+
+    def merged(self, other: "Histogram") -> "Histogram":
+        exponent = max(self.exponent, other.exponent)
+        counts = self._counts_at(exponent) + other._counts_at(exponent)
+        return Histogram(min(self.low, other.low), max(self.high, other.high), exponent, counts)
+
+    def values(self) -> tuple[np.ndarray, np.ndarray]:
+        """Centres and counts of the bins that hold anything."""
+        filled = np.flatnonzero(self.counts)
+        return (filled - _BINS // 2 + 0.5) * 2.0**self.exponent, self.counts[filled]
+
+    def percentile(self, percent: float) -> tuple[float, float]:
+        """The range that holds the central `percent` of the values on each side, within the exact range."""
+        centres, counts = self.values()
+        share = np.cumsum(counts) / counts.sum()
+        low = centres[np.searchsorted(share, 1 - percent / 100)]
+        high = centres[min(np.searchsorted(share, percent / 100), len(centres) - 1)]
+        return max(self.low, float(low)), min(self.high, float(high))
+
+    def _counts_at(self, exponent: int) -> np.ndarray:
+        shift = exponent - self.exponent
+        if shift == 0:
+            return self.counts
+        target = ((np.arange(_BINS) - _BINS // 2) >> min(shift, 60)) + _BINS // 2
+        return np.bincount(target, weights=self.counts, minlength=_BINS).astype(np.int64)
+
+
+def calibrate_activation(histogram: Histogram, spec: QuantSpec, method: str, percentile: float) -> TensorQuant:
+    """The grid of an activation from its histogram."""
+    low, high = histogram.low, histogram.high
+    if method == "percentile":
+        low, high = histogram.percentile(percentile)
+    elif method == "mse":
+        low, high = _mse_range(histogram, spec)
+    scale, zero_point = grid(np.array([low]), np.array([high]), spec)
+    return TensorQuant(spec, scale[0], zero_point[0])
+
+
+def calibrate_weight(weight: np.ndarray, spec: QuantSpec, method: str, percentile: float) -> TensorQuant:
+    """The grid of a weight in its ONNX layout, per channel along `spec.axis`."""
+    rows = weight.reshape(1, -1) if spec.axis is None else np.moveaxis(weight, spec.axis, 0).reshape(weight.shape[spec.axis], -1)
+    rows = rows.astype(np.float32)
+    if method == "percentile":
+        low, high = np.percentile(rows, [100 - percentile, percentile], axis=1)
+    else:
+        low, high = rows.min(axis=1), rows.max(axis=1)
+    if method == "mse":
+        factor = _mse_shrink(rows, low, high, spec)
+        low, high = low * factor, high * factor
+    scale, zero_point = grid(low, high, spec)
+    scale = np.where(np.maximum(-low, high) < _SMALLEST_SCALE, np.float32(_DEAD_CHANNEL_SCALE), scale)
+    if spec.axis is None:
+        scale, zero_point = scale[0], zero_point[0]
+    return TensorQuant(spec, scale, zero_point)
+
+
+def grid(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Scale (float32) and zero point (int32) for ranges [C]; zero is always on the grid, and no scale is zero or denormal.
+
+    An empty range (a constant zero) is taken for one of width 1.
+
+    Symmetric: zero_point 0 and the smallest scale whose grid holds both ends. Asymmetric: scale = (high - low) / (qmax - qmin),
+    zero_point = round(qmin - low / scale).
+    """
+    low, high = np.minimum(low, 0.0).astype(np.float64), np.maximum(high, 0.0).astype(np.float64)
+    scale = np.maximum(high / spec.qmax, low / spec.qmin) if spec.symmetric else (high - low) / (spec.qmax - spec.qmin)
+    scale = np.where(scale < _SMALLEST_SCALE, 1.0 / (spec.qmax - spec.qmin), scale).astype(np.float32)
+    zero_point = np.zeros_like(scale) if spec.symmetric else np.clip(np.rint(spec.qmin - low / scale), spec.qmin, spec.qmax)
+    return scale, zero_point.astype(np.int32)
+
+
+def fit_bias(weight: TensorQuant, bias: np.ndarray, input_scale: np.ndarray | np.float32) -> TensorQuant:
+    """Widen the weight scales of channels whose int32 bias (scale s_x * s_w) would not fit, and choose them for dead channels.
+
+    A channel of (almost) zero weights has a tiny scale, in which its bias is astronomically many steps.
+    """
+    floor = np.abs(bias.reshape(-1)) / (float(input_scale) * _MAX_BIAS_CODE)
+    scale = np.maximum(weight.scale, np.maximum(floor, _SMALLEST_SCALE)).astype(np.float32)
+    return TensorQuant(weight.spec, scale, weight.zero_point, weight.codes)
+
+
+def calibrate_bias(bias: np.ndarray, weight: TensorQuant, input_scale: np.ndarray | np.float32, bits: int) -> TensorQuant:
+    """int32 codes of a bias with scale s_x * s_w [C] and zero point 0, as integer kernels add it to their accumulators."""
+    scale = np.broadcast_to(input_scale.astype(np.float32) * weight.scale.astype(np.float32), bias.reshape(-1).shape).astype(np.float32)
+    limit = (1 << (bits - 1)) - 1
+    codes = np.clip(np.rint(bias.reshape(-1).astype(np.float32) / scale).astype(np.float64), -limit, limit).astype(np.int32)
+    spec = QuantSpec(bits, signed=True, symmetric=True, axis=bias.ndim - 1, narrow=True)
+    return TensorQuant(spec, scale, np.zeros(len(scale), np.int32), codes.reshape(bias.shape))
+
+
+def _mse_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
+    """The range with the least L2.4 error: ends are searched in turn (a symmetric grid has only one)."""
+    values, counts = histogram.values()
+    factors = np.linspace(1.0 / CANDIDATES, 1.0, CANDIDATES)
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    best_low, best_high = low, high
+    if spec.symmetric:
+        end = max(-low, high)
+        factor = factors[np.argmin(_histogram_errors(values, counts, -end * factors, end * factors, spec))]
+        return -end * factor, end * factor
+    for _ in range(2 if low < 0 < high else 1):
+        if high > 0:
+            best_high = high * factors[np.argmin(_histogram_errors(values, counts, np.full(CANDIDATES, best_low), high * factors, spec))]
+        if low < 0:
+            best_low = low * factors[np.argmin(_histogram_errors(values, counts, low * factors, np.full(CANDIDATES, best_high), spec))]
+    return float(best_low), float(best_high)
+
+
+def _histogram_errors(values: np.ndarray, counts: np.ndarray, lows: np.ndarray, highs: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """sum_i counts_i |x_i - x~_i|^2.4 for each candidate range [K]."""
+    scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(lows, highs, spec))
+    x, weights = torch.from_numpy(values).float(), torch.from_numpy(counts).double()
+    errors = []
+    for s, z in zip(scale.split(8), zero_point.split(8), strict=True):  # 8 candidates at a time keep the work in cache
+        codes = torch.clamp(torch.round(x / s) + z, spec.qmin, spec.qmax)
+        errors.append(((codes - z) * s - x).abs_().pow_(NORM).double() @ weights)
+    return torch.cat(errors).numpy()
+
+
+def _mse_shrink(rows: np.ndarray, low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """For each row [C, K], the factor on its range with the least L2.4 error."""
+    x = torch.from_numpy(rows)
+    best = torch.full((len(rows),), float("inf"))
+    factor = torch.ones(len(rows))
+    for candidate in np.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES):
+        scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(low * candidate, high * candidate, spec))
+        codes = torch.clamp(torch.round(x / scale) + zero_point, spec.qmin, spec.qmax)
+        error = ((codes - zero_point) * scale - x).abs_().pow_(NORM).sum(dim=1)
+        better = error < best
+        best = torch.where(better, error, best)
+        factor = torch.where(better, torch.tensor(candidate, dtype=torch.float32), factor)
+    return factor.numpy()

@@ -1,0 +1,396 @@
+"""The command line: parse, call, show, exit code. Everything heavy is imported inside the commands, so that `--help` is immediate."""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+
+import click
+from rich.console import Console
+from rich.markup import escape
+
+from . import __version__
+from .config import Config, DataConfig, dump_config, flag, load_config, parse_precision, split
+from .errors import AccuracyGateError, ExportError, MrecgError, UsageError
+
+if TYPE_CHECKING:
+    from .pipeline import Progress
+    from .samples import Samples
+    from .source import SourceModel
+    from .validation import ValidationReport
+
+EXIT_CODES = """\b
+Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or parity,
+6 accuracy drop above --max-drop (the model is written), 7 broken installation, 130 interrupted."""
+_PARITY_AGREEMENT = 99.0  # percent of predictions on which ONNX Runtime and the simulation must agree; single codes flip at rounding ties
+_PARITY_SQNR = 20.0  # dB, where there are no classes
+_SECTIONS = {
+    "precision": "Precision",
+    "method": "Method",
+    "data": "Data",
+    "images": "Image folders",
+    "calibration": "Calibration",
+    "units": "Units (MRECG)",
+    "reconstruction": "Reconstruction",
+}
+_PATH = click.Path(path_type=Path)
+
+
+class _SectionedCommand(click.Command):
+    """Groups the options of `--help` under the sections that the configuration fields name."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        grouped: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                grouped.setdefault(getattr(parameter, "section", "Options"), []).append(record)
+        for title in ("Options", *_SECTIONS.values()):
+            if title in grouped:
+                with formatter.section(title):
+                    formatter.write_dl(grouped[title])
+
+
+class _Option(click.Option):
+    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.section = section
+
+
+def _config_options(*halves: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One option for each field of the configuration classes; None means that the flag was not given."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for half in reversed(halves):
+            hints = get_type_hints(half)
+            for spec in reversed(dataclasses.fields(half)):
+                kinds = [kind for kind in (get_args(hints[spec.name]) or (hints[spec.name],)) if kind is not type(None)]
+                choices = spec.metadata.get("choices")
+                text = spec.metadata["help"]
+                if spec.default not in (None, ()) and not isinstance(spec.default, bool):
+                    text += f"  [default: {spec.default}]"
+                common: dict[str, Any] = {"default": None, "help": text, "section": _SECTIONS[spec.metadata["section"]], "cls": _Option}
+                name = flag(spec.name)
+                if hints[spec.name] == tuple[str, ...]:
+                    command = click.option(name, spec.name, multiple=True, metavar="TEXT", **common)(command)
+                elif kinds == [bool]:
+                    command = click.option(f"{name}/--no-{name[2:]}", spec.name, **common)(command)
+                else:
+                    metavar = "|".join(map(str, choices)) if choices else None
+                    command = click.option(name, spec.name, type=kinds[0], metavar=metavar, **common)(command)
+        return command
+
+    return decorate
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="mrecg-onnx")
+def main() -> None:
+    """Low-bit post-training quantization of ONNX models with MRECG block reconstruction, validated under ONNX Runtime."""
+
+
+@main.command(cls=_SectionedCommand, epilog=EXIT_CODES)
+@click.argument("model", type=_PATH)
+@click.option("-o", "--output", type=_PATH, help="The quantized model. Default: NAME.w4a4.onnx beside MODEL, after its precision.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option(
+    "-p", "--precision", metavar="W4A4", help="Shorthand for --weight-bits and --activation-bits: w4a4, w3a3, w2a4, w4a8, w8a8, w4a16 ..."
+)
+@click.option("--report", type=_PATH, metavar="DIR", help="Folder of report.json. Default: OUTPUT without .onnx, plus .report.")
+@click.option("--config", "config_file", type=_PATH, metavar="FILE", help="TOML file with these options by name; flags win over it.")
+@click.option("--save-config", type=_PATH, metavar="FILE", help="Write the resolved options as TOML.")
+@click.option("--dry-run", is_flag=True, help="Check everything and show the plan, but do not quantize.")
+@click.option("-v", "--verbose", is_flag=True, help="Show units and tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@_config_options(Config, DataConfig)
+def quantize(
+    model: Path,
+    output: Path | None,
+    overwrite: bool,
+    precision: str | None,
+    report: Path | None,
+    config_file: Path | None,
+    save_config: Path | None,
+    dry_run: bool,
+    verbose: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Quantize MODEL, a trained float ONNX file, and validate the result.
+
+    \b
+    mrecg-onnx quantize model.onnx --calibration-data calib.npz --eval-data eval.npz
+    """
+    with _reported(verbose):
+        given = {name: value for name, value in options.items() if value not in (None, ())}
+        values = load_config(config_file) if config_file is not None else {}
+        config, data = split(values | (parse_precision(precision) if precision else {}) | given)
+        console = Console(quiet=quiet, highlight=False)
+        output = output or model.with_name(f"{model.stem}.w{config.weight_bits}a{config.activation_bits}.onnx")
+        _check_output(model, output, overwrite)
+        if save_config is not None:
+            _save_text(save_config, dump_config(config, data))
+        if data.calibration_data is None:
+            raise UsageError(
+                "--calibration-data is missing: samples of the model's real input are needed (npz, npy, image folder, module:function)"
+            )
+        _quantize(
+            model,
+            output,
+            report or output.with_name(f"{output.name.removesuffix('.onnx')}.report"),
+            config,
+            data,
+            dry_run,
+            verbose,
+            console,
+        )
+
+
+def _quantize(
+    model: Path, output: Path, report_folder: Path, config: Config, data: DataConfig, dry_run: bool, verbose: bool, console: Console
+) -> None:
+    started = time.perf_counter()
+    import onnx
+    import torch
+
+    from exporters import export_qdq, write_model
+
+    from . import pipeline, report, runtime
+    from .cpu import keep_freed_memory
+    from .plan import make_plan
+    from .source import load_source
+    from .validation import validate
+
+    keep_freed_memory()
+    device = pipeline.pick_device(config.device)
+    if config.device == "cuda":
+        runtime.pick_provider("cuda")
+    source = load_source(model)
+    assert data.calibration_data is not None
+    calibration = _samples(data.calibration_data, source, data, "--calibration-data", config.calibration_samples)
+    evaluation = calibration
+    if data.eval_data is not None:
+        evaluation = _samples(data.eval_data, source, data, "--eval-data", data.eval_samples)
+    rows = pipeline.survey(source, calibration, config)
+    if dry_run:
+        plan = make_plan(source, rows, config)
+        console.print(report.block_table(report.plan_report(plan)))
+        console.print(f"[dim]{escape(plan.why)}; dry run, nothing was written[/dim]")
+        return
+    with _progress(console) as progress:
+        quantized = pipeline.quantize(source, calibration, config, progress)
+    metadata = {
+        "version": __version__,
+        "source_sha256": source.sha256,
+        "precision": f"w{config.weight_bits}a{config.activation_bits}",
+        "config": dump_config(config, dataclasses.replace(data, calibration_data=None, eval_data=None, labels=None)),
+    }
+    exported = export_qdq(source.model, quantized.table, metadata)
+    try:
+        runtime.session(exported)
+    except MrecgError as error:
+        raise ExportError(f"the exported model does not load: {error}") from error
+    write_model(exported, output)
+    simulated = pipeline.simulate(source, quantized.table, evaluation, torch.device(device))
+    checked = validate(onnx.load(model), output, evaluation, model.stat().st_size, config.device, simulated)
+    evaluated_on = data.eval_data or "the calibration samples"
+    facts = report.run_report(source, output, config, data, quantized, checked, evaluated_on, time.perf_counter() - started)
+    place = report.write_report(facts, report_folder)
+    if verbose:
+        console.print(report.unit_table(facts))
+    console.print(report.quantize_summary(facts))
+    console.print(f"wrote {escape(str(output))} and {escape(str(place))} in {facts['seconds']['total']:.0f} s")
+    _check_parity(checked)
+    _check_drop(checked, data.max_drop)
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("model", type=_PATH)
+@click.option(
+    "--input-shape", multiple=True, metavar="NAME:3x224x224", help="Shape of one sample of an input whose axes are open. Repeatable."
+)
+@click.option(
+    "--units", metavar="modcap|transitions", default="modcap", show_default=True, help="Selector for the proposed units (data-free)."
+)
+@click.option("--format", "format_", metavar="table|json", default="table", show_default=True, help="Output format.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str, verbose: bool) -> None:
+    """Show the blocks of MODEL, their capacities, the units proposed, and what cannot be imported. Needs no data."""
+    with _reported(verbose):
+        for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, ("table", "json"))):
+            if value not in known:
+                raise UsageError(f"{name} {value}: must be one of {', '.join(known)}")
+        from . import pipeline, report
+        from .source import load_source
+
+        source = load_source(model)
+        shapes, guessed = pipeline.sample_shapes(source, dict(_shape(entry) for entry in input_shape))
+        plan, problems = pipeline.inspect(source, shapes, Config(units=units))
+        facts = {
+            "model": {"path": str(model), "sha256": source.sha256, "opset": source.opset, "inputs": [str(spec) for spec in source.inputs]},
+            **report.plan_report(plan),
+            "guessed_axes": guessed,
+            "not_imported": problems,
+        }
+        console = Console(highlight=False)
+        if format_ == "json":
+            click.echo(json.dumps(facts, indent=1))
+            return
+        console.print(report.block_table(facts))
+        console.print(f"inputs: {escape(', '.join(facts['model']['inputs']))}; opset {source.opset}")
+        console.print(f"units: {escape(plan.why)}")
+        for name in guessed:
+            console.print(f"[yellow]input {escape(name)} leaves axes open; assumed {shapes[name]}, --input-shape sets them[/yellow]")
+        for problem in problems:
+            console.print(f"[red]not imported:[/red] {escape(problem)}")
+
+
+@main.command("validate", cls=_SectionedCommand, epilog=EXIT_CODES)
+@click.argument("float_model", metavar="FP32", type=_PATH)
+@click.argument("quantized_model", metavar="QDQ", type=_PATH)
+@click.option("--device", metavar="auto|cuda|cpu", default="auto", show_default=True, help="Execution provider.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@_config_options(DataConfig)
+def validate_command(float_model: Path, quantized_model: Path, device: str, as_json: bool, verbose: bool, **options: Any) -> None:
+    """Compare QDQ, a quantized model, with FP32, the float model it was made from, under ONNX Runtime."""
+    with _reported(verbose):
+        if device not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--device {device}: must be one of auto, cuda, cpu")
+        data = DataConfig(**{name: value for name, value in options.items() if value not in (None, ())})
+        if data.eval_data is None:
+            raise UsageError("--eval-data is missing: samples to compare the models on")
+        if not quantized_model.is_file():
+            raise UsageError(f"{quantized_model}: no such file")
+        import onnx
+
+        from . import report
+        from .source import load_source
+        from .validation import validate
+
+        source = load_source(float_model)
+        samples = _samples(data.eval_data, source, data, "--eval-data", data.eval_samples)
+        checked = validate(onnx.load(float_model), quantized_model, samples, float_model.stat().st_size, device)
+        facts = report.validation_report(checked)
+        if as_json:
+            click.echo(json.dumps(report.finite(facts), indent=1))
+        else:
+            Console(highlight=False).print(report.validation_table(report.finite(facts) | {"evaluated_on": data.eval_data}))
+        _check_drop(checked, data.max_drop)
+
+
+def _samples(place: str, source: "SourceModel", data: DataConfig, option: str, limit: int | None) -> "Samples":
+    from .samples import Preprocessing, load_samples
+
+    labels = Path(data.labels) if data.labels is not None and option == "--eval-data" else None
+    samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit)
+    return samples if limit is None or option == "--calibration-data" else samples.first(limit)
+
+
+def _check_output(model: Path, output: Path, overwrite: bool) -> None:
+    """Refuse, before any work, what could not be written after it."""
+    if output.exists() and output.resolve() == model.resolve():
+        raise UsageError(f"--output {output}: is the source model; choose another name")
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output}: exists; give --overwrite or another --output")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: the folder {output.parent} does not exist")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"--output {output}: the folder {output.parent} is not writable")
+
+
+def _save_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--save-config {path}: cannot be written: {error.strerror}") from error
+
+
+def _shape(entry: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dims = entry.rpartition(":")
+    try:
+        return name, tuple(int(d) for d in dims.split("x"))
+    except ValueError:
+        raise UsageError(f"--input-shape {entry!r}: expected NAME:3x224x224, one sample without the batch axis") from None
+
+
+def _check_parity(checked: "ValidationReport") -> None:
+    found = checked.simulation
+    if found is None:
+        return
+    if found.agreement is not None and found.agreement < _PARITY_AGREEMENT:
+        raise ExportError(
+            f"ONNX Runtime agrees with the simulation on {found.agreement:.2f} % of the predictions only (at least "
+            f"{_PARITY_AGREEMENT} % is expected); the model was written, but its accuracy is not the one that was learned"
+        )
+    if found.agreement is None and found.sqnr < _PARITY_SQNR:
+        raise ExportError(f"ONNX Runtime differs from the simulation ({found.sqnr:.1f} dB, at least {_PARITY_SQNR} dB is expected)")
+
+
+def _check_drop(checked: "ValidationReport", limit: float | None) -> None:
+    if limit is None:
+        return
+    if checked.drop is None:
+        raise AccuracyGateError("--max-drop: the model has no class output [N, C], so that there is no accuracy to compare")
+    if checked.drop > limit:
+        what = "top-1 accuracy" if checked.top1_float is not None else "agreement with the float model"
+        raise AccuracyGateError(f"{what} dropped by {checked.drop:.2f} points, more than --max-drop {limit:g}")
+
+
+@contextmanager
+def _reported(verbose: bool) -> Iterator[None]:
+    """Turn the project's errors into one line and their exit code."""
+    try:
+        yield
+    except MrecgError as error:
+        if verbose and error.__cause__ is not None:
+            import traceback
+
+            traceback.print_exception(error)
+        click.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator["Progress"]:
+    """A bar with loss and time left on a terminal, a line for each new piece of work elsewhere."""
+    if not console.is_terminal:
+        last = ""
+
+        def line(what: str, done: int, total: int, loss: float) -> None:
+            nonlocal last
+            if what != last:
+                last = what
+                console.print(f"{what} ({100 * done // max(total, 1)} %)")
+
+        yield line
+        return
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        task, stage = bars.add_task("starting", loss=""), ""
+
+        def show(what: str, done: int, total: int, loss: float) -> None:
+            nonlocal stage
+            if what.split()[0] != stage:
+                stage = what.split()[0]
+                bars.reset(task)
+            bars.update(task, description=escape(what), completed=done, total=total, loss=f"loss {loss:.4g}" if loss == loss else "")
+
+        yield show

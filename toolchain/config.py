@@ -1,0 +1,325 @@
+"""The settings of a run: frozen dataclasses, filled from a TOML file and from flags of the same names."""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import tomli_w
+
+from .errors import UsageError, near_misses
+from .scheme import ORT_CPU_ELEMENTWISE, Precision, Scheme
+
+RANGES = ("minmax", "percentile", "mse")
+ALGORITHMS = ("minmax", "mse", "adaround", "brecq", "qdrop")
+UNITS = ("none", "loss", "loss-normalised", "modcap", "transitions", "manual")
+# Iterations per unit. `best` is what the papers use; the others trade steps for a proportionally larger step size.
+PRESETS: Mapping[str, int] = {"fast": 250, "default": 1000, "best": 20000}
+DEVICES = ("auto", "cuda", "cpu")
+PAPER_ITERATIONS = 20000
+_MAX_SPEEDUP = 100.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyper-parameters of one unit's reconstruction; defaults are those of the MRECG and QDrop releases where nothing else is said.
+
+    Attributes:
+        iterations: steps of Adam.
+        batch_size: samples per step, drawn anew for each.
+        weight_lr: learning rate of the rounding logits V.
+        activation_lr: learning rate of the activation steps, annealed to 0 by a cosine; 0 leaves them as calibrated.
+        keep_probability: chance that an activation element is quantized during learning (QDrop 0.5, BRECQ 1.0).
+        round_weight: weight of the rounding regulariser (the papers' lambda).
+        warmup: share of the iterations without regulariser.
+        beta_start, beta_end: the regulariser's exponent, annealed linearly after the warm-up.
+    """
+
+    iterations: int = 20000
+    batch_size: int = 32
+    weight_lr: float = 1e-3
+    activation_lr: float = 4e-5
+    keep_probability: float = 0.5
+    round_weight: float = 0.01
+    warmup: float = 0.2
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+
+
+def option(default: Any, help_text: str, section: str, **bounds: Any) -> Any:
+    """A field with its help text, the section of `--help` it belongs to, and what it may be (choices, low, high)."""
+    return field(default=default, metadata={"help": help_text, "section": section, **bounds})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a result. Field names with dashes are the flags and the keys of a configuration file."""
+
+    weight_bits: int = option(4, "Bits of weights.", "precision", low=2, high=8)
+    activation_bits: int = option(4, "Bits of what weighted operators read (2-8, or 16).", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16))
+    first_last_bits: str = option(
+        "8", "Bits of the first and last weighted layers and their inputs; `same` for no exception.", "precision", choices=("8", "same")
+    )
+    elementwise_bits: int = option(
+        8, "Bits of activations that only element-wise operators read (addends).", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16)
+    )
+    weight_scheme: str = option("symmetric", "Grid of weights.", "precision", choices=("symmetric", "asymmetric"))
+    activation_scheme: str = option("asymmetric", "Grid of activations.", "precision", choices=("symmetric", "asymmetric"))
+    keep_float: tuple[str, ...] = option(
+        (), "Keep nodes float: node name, operator type, or regular expression of node names. Repeatable.", "precision"
+    )
+    algorithm: str = option("qdrop", "How rounding and step sizes are found.", "method", choices=ALGORITHMS)
+    units: str = option(
+        "loss", "Which neighbouring blocks are reconstructed jointly (MRECG); `none`: each block alone.", "method", choices=UNITS
+    )
+    preset: str = option("default", "Iterations per unit: fast 250, default 1000, best 20000.", "method", choices=tuple(PRESETS))
+    iterations: int | None = option(None, "Iterations per unit; overrides the preset.", "method", low=1)
+    batch_size: int = option(32, "Samples per iteration.", "method", low=1)
+    seed: int = option(0, "Seed of every random choice.", "method", low=0)
+    device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
+    calibration_samples: int = option(1024, "Most calibration samples to use.", "data", low=1)
+    weight_range: str = option("mse", "Calibration of weight ranges.", "calibration", choices=RANGES)
+    activation_range: str = option("mse", "Calibration of activation ranges.", "calibration", choices=RANGES)
+    percentile: float = option(99.99, "Percentile of the `percentile` calibration.", "calibration", low=50.0, high=100.0)
+    range_samples: int = option(256, "Samples that activation ranges are taken from.", "calibration", low=1)
+    selector: str = option(
+        "auto",
+        "How merges are chosen from the metric: signed-drop (default for loss), topk (Eq. 4; default for modcap).",
+        "units",
+        choices=("auto", "signed-drop", "topk"),
+    )
+    merge: tuple[str, ...] = option((), "With `--units manual`: blocks to join, as `b02+b03`. Repeatable.", "units")
+    merge_count: int | None = option(
+        None, "Number of boundaries to merge (the paper's k); default: signed-drop by tolerance, topk one for each stage.", "units", low=0
+    )
+    merge_tolerance: float = option(0.05, "Smallest relative drop of the loss that is merged.", "units", low=0.0)
+    merge_penalty: float = option(float("inf"), "The paper's lambda of Eq. 4, for topk; inf takes exactly k.", "units", low=0.0)
+    max_group: int = option(3, "Most blocks in one unit.", "units", low=1)
+    cross_stage: bool = option(True, "Allow merges where a stage opens.", "units")
+    capacity_alpha: float = option(4.0, "Factor on the capacity of stage-opening blocks in `modcap`.", "units", low=0.0)
+    weight_lr: float | None = option(
+        None, "Learning rate of the rounding logits; default 1e-3 at 20000 iterations.", "reconstruction", low=0.0
+    )
+    activation_lr: float | None = option(
+        None, "Learning rate of the activation steps; default 4e-5 at 20000 iterations.", "reconstruction", low=0.0
+    )
+    keep_probability: float | None = option(
+        None,
+        "Chance that an activation element is quantized while learning; default qdrop 0.5, else 1.",
+        "reconstruction",
+        low=0.0,
+        high=1.0,
+    )
+    round_weight: float | None = option(
+        None,
+        "Weight of the rounding regulariser (lambda); default 0.1 in units with depthwise convolutions, else 0.01.",
+        "reconstruction",
+        low=0.0,
+    )
+    warmup: float = option(0.2, "Share of the iterations before the rounding regulariser sets in.", "reconstruction", low=0.0, high=1.0)
+    beta_start: float = option(20.0, "First exponent of the rounding regulariser.", "reconstruction", low=1.0)
+    beta_end: float = option(2.0, "Last exponent of the rounding regulariser.", "reconstruction", low=1.0)
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check(spec, getattr(self, spec.name))
+        if self.units == "manual" and not self.merge:
+            raise UsageError("--units manual needs at least one --merge, such as --merge b02+b03 (see `inspect` for the block names)")
+        if self.merge and self.units != "manual":
+            raise UsageError("--merge only goes with --units manual")
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme("ort-cpu", self.weight_scheme == "symmetric", self.activation_scheme == "symmetric", ORT_CPU_ELEMENTWISE)
+
+    @property
+    def precision(self) -> Precision:
+        first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
+        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last)
+
+    @property
+    def learns(self) -> bool:
+        return self.algorithm in ("adaround", "brecq", "qdrop")
+
+    @property
+    def unit_iterations(self) -> int:
+        return self.iterations if self.iterations is not None else PRESETS[self.preset]
+
+    def settings(self, has_depthwise: bool) -> Settings:
+        """The hyper-parameters for a unit, with what was left open filled in.
+
+        Fewer iterations than the papers' take proportionally larger steps: Adam moves a parameter by about its learning
+        rate per step, so that the distance it can cover stays. Down to 250 iterations this beat smaller rates on held-out samples.
+        """
+        speedup = min(max(PAPER_ITERATIONS / self.unit_iterations, 1.0), _MAX_SPEEDUP)
+        learns_steps = self.algorithm in ("brecq", "qdrop")
+        activation_lr = self.activation_lr if self.activation_lr is not None else 4e-5 * speedup
+        return Settings(
+            iterations=self.unit_iterations,
+            batch_size=self.batch_size,
+            weight_lr=self.weight_lr if self.weight_lr is not None else 1e-3 * speedup,
+            activation_lr=activation_lr if learns_steps else 0.0,
+            keep_probability=self.keep_probability if self.keep_probability is not None else (0.5 if self.algorithm == "qdrop" else 1.0),
+            round_weight=self.round_weight if self.round_weight is not None else (0.1 if has_depthwise else 0.01),
+            warmup=self.warmup,
+            beta_start=self.beta_start,
+            beta_end=self.beta_end,
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the samples come from, how images are prepared, and what is asked of the result."""
+
+    calibration_data: str | None = option(
+        None, "Calibration samples: .npz (arrays by input name), .npy, an image folder, or module:function.", "data"
+    )
+    eval_data: str | None = option(None, "Evaluation samples, with labels where accuracy is wanted; same forms.", "data")
+    eval_samples: int | None = option(None, "Most evaluation samples to use; default all.", "data", low=1)
+    labels: str | None = option(None, "CSV of `file name,class number` for an evaluation image folder.", "data")
+    max_drop: float | None = option(
+        None, "Largest drop allowed, in points of top-1 (of agreement without labels); more gives exit code 6.", "data", low=0.0, high=100.0
+    )
+    image_preset: str = option("imagenet", "Image preprocessing.", "images", choices=("imagenet", "tf", "raw01", "raw255"))
+    image_size: str | None = option(None, "Height and width, as 224 or 224x320; default: the model's.", "images")
+    image_crop: str | None = option(None, "Share of the shorter side that the centre crop keeps; `none`: squeeze.", "images")
+    image_filter: str = option("bilinear", "Resampling.", "images", choices=("nearest", "bilinear", "bicubic", "lanczos"))
+    image_mean: str | None = option(None, "Mean by channel on a scale of 0 to 1, as 0.485,0.456,0.406.", "images")
+    image_std: str | None = option(None, "Standard deviation by channel on a scale of 0 to 1.", "images")
+    image_layout: str | None = option(
+        None, "Layout of the model's input; default: told from its shape.", "images", choices=("nchw", "nhwc")
+    )
+    image_channels: str = option("rgb", "Channel order.", "images", choices=("rgb", "bgr"))
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check(spec, getattr(self, spec.name))
+        for name in ("image_size", "image_crop", "image_mean", "image_std"):
+            getattr(self, name.removeprefix("image_"))  # refuse bad spellings early
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) in pixels."""
+        if self.image_size is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.image_size)
+        if match is None or int(match[1]) < 1 or int(match[2] or match[1]) < 1:
+            raise UsageError(f"--image-size {self.image_size}: expected a number of pixels, or HEIGHTxWIDTH")
+        return int(match[1]), int(match[2] or match[1])
+
+    @property
+    def crop(self) -> float | None:
+        """0 to 1; None where nothing was said or nothing is cropped (`image_crop` tells which)."""
+        if self.image_crop is None or self.image_crop == "none":
+            return None
+        share = _floats("image_crop", self.image_crop)
+        if len(share) != 1 or not 0 < share[0] <= 1:
+            raise UsageError(f"--image-crop {self.image_crop}: expected a share above 0 and up to 1, or `none`")
+        return share[0]
+
+    @property
+    def mean(self) -> tuple[float, ...] | None:
+        return None if self.image_mean is None else _floats("image_mean", self.image_mean)
+
+    @property
+    def std(self) -> tuple[float, ...] | None:
+        if self.image_std is None:
+            return None
+        values = _floats("image_std", self.image_std)
+        if min(values) <= 0:
+            raise UsageError(f"--image-std {self.image_std}: must be above 0")
+        return values
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Read the keys of a TOML file, as keyword arguments of `Config` and `DataConfig`."""
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"--config {path}: is not TOML: {error}") from error
+    hints = get_type_hints(Config) | get_type_hints(DataConfig)
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        name = key.replace("-", "_")
+        if name == "precision" and isinstance(value, str):
+            values |= parse_precision(value)
+            continue
+        if name not in hints:
+            raise UsageError(
+                f"--config {path}: unknown key {key!r}{near_misses(key.replace('_', '-'), [n.replace('_', '-') for n in hints])}"
+            )
+        values[name] = _typed(key, value, hints[name])
+    return values
+
+
+def split(values: Mapping[str, Any]) -> tuple[Config, DataConfig]:
+    """Build both halves of a configuration from keyword arguments."""
+    data = {f.name for f in dataclasses.fields(DataConfig)}
+    return (
+        Config(**{name: value for name, value in values.items() if name not in data}),
+        DataConfig(**{name: value for name, value in values.items() if name in data}),
+    )
+
+
+def resolved(config: Config, data: DataConfig) -> dict[str, Any]:
+    """All settings by their flag names, open ones left out."""
+    pairs = {f.name.replace("_", "-"): getattr(half, f.name) for half in (config, data) for f in dataclasses.fields(half)}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs.items() if value is not None}
+
+
+def dump_config(config: Config, data: DataConfig) -> str:
+    """The configuration as TOML text that `load_config` reads back."""
+    return tomli_w.dumps(resolved(config, data))
+
+
+def parse_precision(text: str) -> dict[str, Any]:
+    """`w4a8` -> weight and activation bits."""
+    match = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
+    if match is None:
+        raise UsageError(f"--precision {text!r}: expected w<bits>a<bits>, such as w4a4, w4a8, w2a4, w8a8 or w4a16")
+    return {"weight_bits": int(match[1]), "activation_bits": int(match[2])}
+
+
+def flag(name: str) -> str:
+    """The command line's spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def _floats(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{flag(name)} {text!r}: expected numbers separated by commas") from None
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """A TOML value as the field's type; integers may stand for floats and for the string choices `8`."""
+    if hint == tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UsageError(f"configuration key {key!r}: expected a list of strings, got {value!r}")
+    allowed = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if type(value) in allowed:
+        return value
+    if type(value) is int and float in allowed:
+        return float(value)
+    if type(value) is int and str in allowed:
+        return str(value)
+    raise UsageError(f"configuration key {key!r}: expected {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
+
+
+def _check(spec: dataclasses.Field[Any], value: Any) -> None:
+    if value is None:
+        return
+    choices, low, high = (spec.metadata.get(key) for key in ("choices", "low", "high"))
+    if choices is not None and value not in choices:
+        known = [str(choice) for choice in choices]
+        raise UsageError(f"{flag(spec.name)} {value}: must be one of {', '.join(known)}{near_misses(str(value), known)}")
+    if (low is not None and value < low) or (high is not None and value > high) or value != value:
+        limits = f"from {low} to {high}" if high is not None else f"at least {low}"
+        raise UsageError(f"{flag(spec.name)} {value}: must be {limits}")

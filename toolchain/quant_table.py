@@ -1,0 +1,116 @@
+"""The quantization table: which value carries which integer grid. Frozen NumPy data, the only thing that crosses from learning to export.
+
+The arithmetic here is the reference (float32, round half to even, as ONNX QuantizeLinear defines it); `fake_quant.py` has the same in
+torch, and a test holds the two and ONNX Runtime equal bit for bit.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import numpy as np
+
+BIAS_BITS = 32
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What kind of grid a value gets, before any range is known.
+
+    `axis` is the channel axis for per-channel grids (None: one grid for the tensor). `narrow` leaves out the lowest code (-127..127), which
+    keeps 8-bit symmetric weights free of the asymmetric extra code, as runtimes expect.
+    """
+
+    bits: int
+    signed: bool
+    symmetric: bool
+    axis: int | None = None
+    narrow: bool = False
+
+    @property
+    def qmin(self) -> int:
+        return (-(1 << (self.bits - 1)) + self.narrow) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+
+def weight_spec(bits: int, axis: int, symmetric: bool) -> QuantSpec:
+    """Signed per-channel grid; 8-bit symmetric weights use -127..127, fewer bits use every code (one of 16 is worth having)."""
+    return QuantSpec(bits, signed=True, symmetric=symmetric, axis=axis, narrow=symmetric and bits == 8)
+
+
+def activation_spec(bits: int, symmetric: bool) -> QuantSpec:
+    """Per-tensor grid: unsigned with a zero point, or signed around zero."""
+    return QuantSpec(bits, signed=symmetric, symmetric=symmetric)
+
+
+@dataclass(frozen=True)
+class TensorQuant:
+    """The grid of one value: `scale` and `zero_point` are scalars, or arrays [C] along `spec.axis`.
+
+    `codes` holds the integers of a constant (weights, biases) in the value's own ONNX layout; activations have none. `tied_to` names the
+    value whose grid this one repeats: data movement (MaxPool, Reshape, ...) leaves the grid as it is.
+    """
+
+    spec: QuantSpec
+    scale: np.ndarray | np.float32
+    zero_point: np.ndarray | np.int32
+    codes: np.ndarray | None = None
+    tied_to: str | None = None
+
+    def dequantized(self) -> np.ndarray:
+        """Return the constant that the codes stand for, float32 in the value's layout."""
+        assert self.codes is not None, "activations have no codes"
+        return dequantize(self.codes, self)
+
+
+@dataclass(frozen=True)
+class QuantTable:
+    """Frozen mapping from ONNX value name to `TensorQuant`."""
+
+    tensors: Mapping[str, TensorQuant] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", MappingProxyType(dict(self.tensors)))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def __getitem__(self, name: str) -> TensorQuant:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def updated(self, changes: Mapping[str, TensorQuant]) -> "QuantTable":
+        return QuantTable({**self.tensors, **changes})
+
+
+def along_axis(parameter: np.ndarray | np.generic, axis: int | None, rank: int) -> np.ndarray:
+    """A per-channel parameter [C], shaped to broadcast along `axis` of an array of this rank."""
+    array = np.asarray(parameter)
+    if axis is None or array.ndim == 0:
+        return array
+    shape = [1] * rank
+    shape[axis] = -1
+    return array.reshape(shape)
+
+
+def quantize(array: np.ndarray, grid: TensorQuant) -> np.ndarray:
+    """codes = clip(round_half_even(x / scale) + zero_point, qmin, qmax), as int32 [same shape]."""
+    scale = along_axis(grid.scale, grid.spec.axis, array.ndim)
+    zero_point = along_axis(grid.zero_point, grid.spec.axis, array.ndim)
+    codes = np.rint(array.astype(np.float32) / scale) + zero_point
+    return np.clip(codes, grid.spec.qmin, grid.spec.qmax).astype(np.int32)
+
+
+def dequantize(codes: np.ndarray, grid: TensorQuant) -> np.ndarray:
+    """x = (codes - zero_point) * scale, float32 [same shape]."""
+    scale = along_axis(grid.scale, grid.spec.axis, codes.ndim)
+    zero_point = along_axis(grid.zero_point, grid.spec.axis, codes.ndim)
+    return ((codes - zero_point).astype(np.float32) * scale).astype(np.float32)

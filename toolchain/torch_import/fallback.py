@@ -1,0 +1,82 @@
+"""Operators that onnx2torch converts: asked for everything that this room has no converter of its own for."""
+
+import warnings
+from functools import cache
+from types import ModuleType
+
+import onnx
+import torch
+from onnx import defs
+
+from ..errors import InstallationError, UnsupportedModelError
+from .operator import Operator
+
+
+def convert(node: onnx.NodeProto, graph: onnx.GraphProto, opset: int) -> tuple[Operator, torch.nn.Module]:
+    """Convert one node of `graph` (which declares its inputs, constants and value types) with onnx2torch.
+
+    Raises:
+        UnsupportedModelError: no converter for the operator, this version of it, or what the node asks of it.
+    """
+    library = _onnx2torch()
+    version = _registered_version(node, opset)
+    view = library.onnx_graph.OnnxGraph(graph)
+    wrapped = next(item for item in view.nodes.values() if item.name == node.name)
+    try:
+        result = library.node_converters.get_converter(node.op_type, version, node.domain)(wrapped, view)
+    except Exception as error:  # converters raise what they please on attributes that they do not expect
+        raise UnsupportedModelError(
+            f"node {node.name!r}: {node.op_type} (opset {opset}) cannot be imported to torch: {error or type(error).__name__}"
+        ) from error
+    return Operator(result.torch_module, tuple(result.onnx_mapping.inputs)), result.torch_module
+
+
+def _registered_version(node: onnx.NodeProto, opset: int) -> int:
+    """The newest version that onnx2torch has and whose interface covers what the node uses.
+
+    onnx2torch 1.5.15 registers versions up to about opset 17. Most newer schemas only admit more types; those that add attributes or
+    inputs are the same operator as long as the node does not use them.
+    """
+    try:
+        schema = defs.get_schema(node.op_type, max_inclusive_version=opset, domain=node.domain)
+    except defs.SchemaError:
+        return opset
+    registry = _onnx2torch().node_converters.registry
+    wanted = schema.since_version
+    while True:
+        try:
+            registry.get_converter(node.op_type, schema.since_version, node.domain)
+            return schema.since_version
+        except NotImplementedError:
+            if schema.since_version <= 1:
+                return wanted
+        older = defs.get_schema(node.op_type, max_inclusive_version=schema.since_version - 1, domain=node.domain)
+        if older.since_version == schema.since_version or not _same_interface(node, schema, older):
+            return wanted
+        schema = older
+
+
+def _same_interface(node: onnx.NodeProto, newer: defs.OpSchema, older: defs.OpSchema) -> bool:
+    used = {attribute.name for attribute in node.attribute}
+    if not used <= set(older.attributes) or len(node.input) > older.max_input:
+        return False
+    if set(older.attributes) - set(newer.attributes):  # an attribute became an input: another meaning
+        return False
+    return [i.name for i in older.inputs] == [i.name for i in newer.inputs][: len(older.inputs)]
+
+
+@cache
+def _onnx2torch() -> ModuleType:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import onnx2torch
+            import onnx2torch.node_converters.registry
+            import onnx2torch.onnx_graph
+    except (ImportError, RuntimeError, AttributeError) as error:
+        raise InstallationError(
+            f"onnx2torch cannot be imported with torch {torch.__version__}: {error}. It needs a torchvision built for the installed "
+            "torch: install both together (`pip install --upgrade torch torchvision`); the CPU-only torch wheel does not match the "
+            "default torchvision."
+        ) from error
+    return onnx2torch

@@ -1,0 +1,26 @@
+"""Gemm and MatMul on tensors in their ONNX layout."""
+
+import onnx
+import torch
+
+from .operator import Constants, Operator, attributes
+
+
+def gemm(node: onnx.NodeProto, constants: Constants) -> Operator:
+    """Y = alpha * A' B' + beta * C, with A' and B' transposed as the attributes say."""
+    attrs = attributes(node)
+    alpha, beta = attrs.get("alpha", 1.0), attrs.get("beta", 1.0)
+    trans_a, trans_b = attrs.get("transA", 0), attrs.get("transB", 0)
+
+    def call(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor | None = None) -> torch.Tensor:
+        left, right = a.t() if trans_a else a, b.t() if trans_b else b
+        if c is None:
+            return alpha * (left @ right) if alpha != 1.0 else left @ right
+        return torch.addmm(c, left, right, beta=beta, alpha=alpha)
+
+    return Operator(call, tuple(node.input))
+
+
+def matmul(node: onnx.NodeProto, constants: Constants) -> Operator:
+    """MatMul with NumPy's broadcasting, which is torch's."""
+    return Operator(torch.matmul, tuple(node.input))

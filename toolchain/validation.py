@@ -1,0 +1,184 @@
+"""Does the exported file do what was simulated, how well, how fast: measured under ONNX Runtime."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from . import runtime
+from .runtime import Optimization
+from .samples import Samples, check_labels
+
+# Operators of an optimised graph that compute on integers.
+_INTEGER_PREFIXES = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits")
+_HEAVY = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_LATENCY_SECONDS = 2.0
+_LATENCY_RUNS = 100
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement of two executions of the quantized model.
+
+    `agreement` is the share of equal predictions (None without a class output), `sqnr` the ratio of signal to difference in dB, and
+    `max_difference` the largest difference of an output, over the largest magnitude.
+    """
+
+    agreement: float | None
+    sqnr: float
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Median milliseconds per run of one batch, both models in turn in the same process."""
+
+    batch: int
+    float_ms: float
+    quantized_ms: float
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """What was measured, and on which provider and samples. Accuracies are in percent; None where there are no labels or no classes."""
+
+    provider: str
+    samples: int
+    top1_float: float | None
+    top1_quantized: float | None
+    top5_float: float | None
+    top5_quantized: float | None
+    agreement: float | None
+    sqnr: Mapping[str, float]
+    simulation: Parity | None
+    unfused: Parity
+    top1_simulated: float | None
+    float_bytes: int
+    quantized_bytes: int
+    latency: Latency
+    kernels: Mapping[str, int]
+
+    @property
+    def drop(self) -> float | None:
+        """Points of top-1 accuracy lost, or of agreement with the float model where there are no labels."""
+        if self.top1_float is not None and self.top1_quantized is not None:
+            return self.top1_float - self.top1_quantized
+        return 100.0 - self.agreement if self.agreement is not None else None
+
+    @property
+    def integer_operators(self) -> int:
+        """Operators of the optimised graph that compute on integers."""
+        return sum(count for kind, count in self.kernels.items() if kind.startswith(_INTEGER_PREFIXES))
+
+    @property
+    def float_layers(self) -> dict[str, int]:
+        """Convolutions and matrix products that the optimised graph computes in float."""
+        return {kind: count for kind, count in self.kernels.items() if kind in _HEAVY}
+
+
+def validate(
+    float_model: onnx.ModelProto | Path,
+    quantized: Path,
+    samples: Samples,
+    float_bytes: int,
+    device: str = "auto",
+    simulated: Mapping[str, np.ndarray] | None = None,
+) -> ValidationReport:
+    """Run the float and the quantized model over samples and compare.
+
+    Args:
+        float_model: the float model.
+        quantized: the exported file; it is run as it is, and with ONNX Runtime's optimisations off.
+        samples: evaluation samples, with labels where accuracy is wanted.
+        float_bytes: size of the float file.
+        device: `auto`, `cuda` or `cpu`.
+        simulated: graph outputs of the torch simulation over the same samples.
+
+    Raises:
+        DataError: labels that are no classes of the model.
+        UnsupportedModelError: ONNX Runtime does not load a file.
+    """
+    provider = runtime.pick_provider(device)
+    float_session = runtime.session(float_model, provider)
+    deployed = runtime.session(quantized, provider)
+    reference = runtime.run(float_session, samples.inputs)
+    outputs = runtime.run(deployed, samples.inputs)
+    unfused = runtime.run(runtime.session(quantized, provider, Optimization.NONE), samples.inputs)
+    head = class_output(reference, samples.count)
+    labels = samples.labels
+    if labels is not None and head is not None:
+        check_labels(labels, reference[head].shape[1], "labels")
+    scored = labels if head is not None else None
+
+    def accuracy(outputs: Mapping[str, np.ndarray] | None, k: int) -> float | None:
+        if scored is None or head is None or outputs is None or outputs[head].shape[1] < k:
+            return None
+        return top_k(outputs[head], scored, k)
+
+    return ValidationReport(
+        provider=provider,
+        samples=samples.count,
+        top1_float=accuracy(reference, 1),
+        top1_quantized=accuracy(outputs, 1),
+        top5_float=accuracy(reference, 5),
+        top5_quantized=accuracy(outputs, 5),
+        agreement=agreement(reference, outputs, head),
+        sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
+        simulation=parity(simulated, outputs, head) if simulated is not None else None,
+        unfused=parity(unfused, outputs, head),
+        top1_simulated=accuracy(simulated, 1),
+        float_bytes=float_bytes,
+        quantized_bytes=quantized.stat().st_size,
+        latency=_latency(float_session, deployed, samples),
+        kernels=dict(sorted(runtime.kernel_counts(quantized, provider).items())),
+    )
+
+
+def class_output(outputs: Mapping[str, np.ndarray], count: int) -> str | None:
+    """The first output that scores classes: [N, C] with C > 1."""
+    return next((name for name, array in outputs.items() if array.ndim == 2 and array.shape[0] == count and array.shape[1] > 1), None)
+
+
+def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Percent of samples whose label is among the k highest scores [N, C]."""
+    best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    return float((best == labels[:, None]).any(axis=1).mean() * 100)
+
+
+def agreement(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None) -> float | None:
+    """Percent of equal predictions."""
+    return float((a[head].argmax(1) == b[head].argmax(1)).mean() * 100) if head is not None else None
+
+
+def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
+    """Signal to quantization noise, 10 log10(sum x^2 / sum (x - y)^2), in dB over all samples; inf for equal arrays."""
+    reference, other = reference.astype(np.float64), other.astype(np.float64)
+    noise = float(np.square(reference - other).sum())
+    return float(10 * np.log10(max(float(np.square(reference).sum()), 1e-300) / noise)) if noise > 0 else float("inf")
+
+
+def parity(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None) -> Parity:
+    """Compare two executions over all outputs; the worst output counts."""
+    differences = [float(np.abs(a[name] - b[name]).max(initial=0) / max(np.abs(a[name]).max(initial=0), 1e-12)) for name in a]
+    return Parity(agreement(a, b, head), min(sqnr(a[name], b[name]) for name in a), max(differences))
+
+
+def _latency(first: runtime.Session, second: runtime.Session, samples: Samples) -> Latency:
+    """Time both in turn, so that a drift of the machine's speed hits both alike."""
+    batch = runtime.fixed_batch(first) or 1
+    feeds = {name: array[:1].repeat(batch, axis=0) for name, array in samples.inputs.items()}
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + _LATENCY_SECONDS
+    for round_ in range(_LATENCY_RUNS):
+        for opened, spent in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            opened.run(None, feeds)
+            spent.append(time.perf_counter() - start)
+        if time.perf_counter() > end and round_ >= 5:
+            break
+    float_ms, quantized_ms = (statistics.median(spent[2:]) * 1e3 for spent in times)
+    return Latency(batch, float_ms, quantized_ms)
