@@ -78,7 +78,7 @@ def test_precision_shorthand_is_strict(text: str) -> None:
 
 def test_paper_hyper_parameters_at_paper_iterations() -> None:
     settings = Config(preset="best").settings(has_depthwise=False)
-    assert (settings.iterations, settings.batch_size, settings.weight_lr, settings.activation_lr) == (20000, 32, 1e-3, 4e-5)
+    assert (settings.iterations, settings.batch_size, settings.weight_lr, settings.activation_lr) == (20000, 32, 1e-3, 1e-4)
     assert (settings.keep_probability, settings.round_weight, settings.warmup) == (0.5, 0.01, 0.2)
     assert (settings.beta_start, settings.beta_end) == (20.0, 2.0)
     assert Config().settings(has_depthwise=True).round_weight == 0.1

@@ -31,7 +31,8 @@ class Settings:
         iterations: steps of Adam.
         batch_size: samples per step, drawn anew for each.
         weight_lr: learning rate of the rounding logits V.
-        activation_lr: learning rate of the activation steps, annealed to 0 by a cosine; 0 leaves them as calibrated.
+        activation_lr: learning rate of the activation steps, as a share of each calibrated step, annealed to 0 by a cosine; 0 leaves them
+            as calibrated. The papers' absolute 4e-5 is this for a step of 0.4, which is that of a ReLU6 at 4 bits.
         keep_probability: chance that an activation element is quantized during learning (QDrop 0.5, BRECQ 1.0).
         round_weight: weight of the rounding regulariser (the papers' lambda).
         warmup: share of the iterations without regulariser.
@@ -41,7 +42,7 @@ class Settings:
     iterations: int = 20000
     batch_size: int = 32
     weight_lr: float = 1e-3
-    activation_lr: float = 4e-5
+    activation_lr: float = 1e-4
     keep_probability: float = 0.5
     round_weight: float = 0.01
     warmup: float = 0.2
@@ -65,6 +66,11 @@ class Config:
     )
     elementwise_bits: int = option(
         8, "Bits of activations that only element-wise operators read (addends).", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16)
+    )
+    reduce_range: bool = option(
+        True,
+        "Weights of 7 bits where weights and activations would both have 8: exact on x86 CPUs without VNNI too, which saturate otherwise.",
+        "precision",
     )
     weight_scheme: str = option("symmetric", "Grid of weights.", "precision", choices=("symmetric", "asymmetric"))
     activation_scheme: str = option("asymmetric", "Grid of activations.", "precision", choices=("symmetric", "asymmetric"))
@@ -104,7 +110,7 @@ class Config:
         None, "Learning rate of the rounding logits; default 1e-3 at 20000 iterations.", "reconstruction", low=0.0
     )
     activation_lr: float | None = option(
-        None, "Learning rate of the activation steps; default 4e-5 at 20000 iterations.", "reconstruction", low=0.0
+        None, "Learning rate of the activation steps, as a share of each; default 1e-4 at 20000 iterations.", "reconstruction", low=0.0
     )
     keep_probability: float | None = option(
         None,
@@ -138,7 +144,7 @@ class Config:
     @property
     def precision(self) -> Precision:
         first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
-        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last)
+        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, self.reduce_range)
 
     @property
     def learns(self) -> bool:
@@ -156,7 +162,7 @@ class Config:
         """
         speedup = min(max(PAPER_ITERATIONS / self.unit_iterations, 1.0), _MAX_SPEEDUP)
         learns_steps = self.algorithm in ("brecq", "qdrop")
-        activation_lr = self.activation_lr if self.activation_lr is not None else 4e-5 * speedup
+        activation_lr = self.activation_lr if self.activation_lr is not None else 1e-4 * speedup
         return Settings(
             iterations=self.unit_iterations,
             batch_size=self.batch_size,

@@ -15,7 +15,7 @@ from .quant_table import BIAS_BITS, QuantTable, TensorQuant, along_axis
 from .torch_import import TorchBlock
 
 _CURVE_POINTS = 40
-_SMALLEST_STEP = 1e-8
+_SMALLEST_FACTOR = 0.01  # of the calibrated step: Adam must not carry a step through zero
 _DECIDED = 0.95  # |2h - 1| above which a rounding counts as decided before it is made hard
 
 Progress = Callable[[int, int, float], None]
@@ -159,28 +159,31 @@ def _learn(
     made = [value for node in piece.block.nodes for value in node.outputs]
     grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
     learns_steps = settings.activation_lr > 0 and bool(grids)
-    steps = {name: torch.tensor(float(grid.scale), device=device, requires_grad=learns_steps) for name, grid in grids.items()}
+    # A step is learned as a factor of the calibrated one, so that its rate means the same for every activation and bit width.
+    factors = {name: torch.ones((), device=device, requires_grad=learns_steps) for name in grids}
+    calibrated = {name: torch.tensor(float(grid.scale), device=device) for name, grid in grids.items()}
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
-    step_optimizer = torch.optim.Adam(list(steps.values()), lr=settings.activation_lr, fused=True) if learns_steps else None
+    step_optimizer = torch.optim.Adam(list(factors.values()), lr=settings.activation_lr, fused=True) if learns_steps else None
     mixes = settings.keep_probability < 1.0
 
     def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
-        if name not in steps:
+        if name not in factors:
             return x
         spec, zero_point = grids[name].spec, int(grids[name].zero_point)
         keep = _coins(x, settings.keep_probability, generator) if mixes else None
-        return LearnedStep.apply(x, steps[name], spec.qmin - zero_point, spec.qmax - zero_point, keep)  # pyright: ignore[reportReturnType]
+        step = calibrated[name] * factors[name]
+        return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, keep)  # pyright: ignore[reportReturnType]
 
     count = len(next(iter(inputs.values())))
     every = max(settings.iterations // _CURVE_POINTS, 1)
     curve: list[tuple[int, float]] = []
     for iteration in range(settings.iterations):
         rows = torch.randperm(count, generator=generator, device=device)[: settings.batch_size]
-        fed = {name: tensor[rows] for name, tensor in inputs.items()}
+        fed = {name: _rows(tensor, rows) for name, tensor in inputs.items()}
         if mixes:
-            fed = {name: _mixed(tensor, float_inputs[name][rows], settings.keep_probability, generator) for name, tensor in fed.items()}
+            fed = {n: _mixed(tensor, _rows(float_inputs[n], rows), settings.keep_probability, generator) for n, tensor in fed.items()}
         outputs = piece(fed | constants | rounding.soft_weights(), quantize)
-        loss = loss_of(outputs, {name: target[rows] for name, target in targets.items()})
+        loss = loss_of(outputs, {name: _rows(target, rows) for name, target in targets.items()})
         loss.backward()
         rounding.set_gradient(settings.round_weight, _beta(iteration, settings))
         weight_optimizer.step()
@@ -189,20 +192,31 @@ def _learn(
             step_optimizer.step()
             step_optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for step in steps.values():
-                    step.clamp_(min=_SMALLEST_STEP)
+                for factor in factors.values():
+                    factor.clamp_(min=_SMALLEST_FACTOR)
         if iteration % every == 0 or iteration == settings.iterations - 1:
             value = loss.item()
             curve.append((iteration, value))
             progress(iteration + 1, settings.iterations, value)
     changes = rounding.hard_codes(table)
-    changes |= {name: replace(grids[name], scale=np.float32(step.item())) for name, step in steps.items()}
+    changes |= {name: replace(grids[name], scale=np.float32((calibrated[name] * factor).item())) for name, factor in factors.items()}
     return table.updated(changes), tuple(curve), rounding.undecided()
 
 
+def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A mini-batch of a cached value, in its layout: whole samples are contiguous in memory, so that this is a copy of rows."""
+    order = (0, 2, 3, 1) if tensor.dim() == 4 else tuple(range(tensor.dim()))
+    picked = torch.index_select(tensor.permute(order).reshape(len(tensor), -1), 0, rows)
+    shape = [tensor.shape[axis] for axis in order[1:]]
+    picked = picked.view(len(rows), *shape)
+    return picked.permute(0, 3, 1, 2) if tensor.dim() == 4 else picked
+
+
 def _mixed(quantized: torch.Tensor, floats: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Each element from the quantized stream with the given probability, else from the float stream (QDrop)."""
-    return torch.lerp(floats, quantized, _coins(quantized, probability, generator)) if quantized.is_floating_point() else quantized
+    """Each element from the quantized stream with the given probability, else from the float stream (QDrop). Overwrites `quantized`."""
+    if not quantized.is_floating_point():
+        return quantized
+    return torch.addcmul(floats, quantized.sub_(floats), _coins(quantized, probability, generator))
 
 
 def _beta(iteration: int, settings: Settings) -> float | None:

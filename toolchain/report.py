@@ -272,11 +272,12 @@ def validation_table(v: dict[str, Any]) -> Table:
     table.add_row("file", _size(v["float_bytes"]), _size(v["quantized_bytes"]), f"{v['float_bytes'] / v['quantized_bytes']:.2f}x smaller")
     latency = v["latency"]
     ratio = latency["float_ms"] / latency["quantized_ms"]
-    table.add_row(
-        f"latency, batch {latency['batch']}", f"{latency['float_ms']:.2f} ms", f"{latency['quantized_ms']:.2f} ms", f"{ratio:.2f}x faster"
-    )
+    speed = f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+    table.add_row(f"latency, batch {latency['batch']}", f"{latency['float_ms']:.2f} ms", f"{latency['quantized_ms']:.2f} ms", speed)
     floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items()) or "no layer in float"
     table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
+    arithmetic = v["integer_arithmetic"]
+    table.add_row("each kernel = float", "", f"within {arithmetic['steps']:.0f} step", f"{arithmetic['share']:.2g} % of codes differ")
     if v["simulation"] is not None:
         s = v["simulation"]
         agrees = f"{s['agreement']:.2f} %" if s["agreement"] is not None else f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact"

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from . import runtime
+from .kernels import KernelCheck, check_kernels
 from .runtime import Optimization
 from .samples import Samples, check_labels
 
@@ -44,7 +45,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What was measured, and on which provider and samples. Accuracies are in percent; None where there are no labels or no classes."""
+    """What was measured, and on which provider and samples. Accuracies are in percent; None where there are no labels or no classes.
+
+    `simulation` compares the deployed file with the torch simulation and `unfused` with its own unoptimised execution, through the whole
+    network; `integer_arithmetic` does so operator by operator.
+    """
 
     provider: str
     samples: int
@@ -56,6 +61,7 @@ class ValidationReport:
     sqnr: Mapping[str, float]
     simulation: Parity | None
     unfused: Parity
+    integer_arithmetic: KernelCheck
     top1_simulated: float | None
     float_bytes: int
     quantized_bytes: int
@@ -130,6 +136,7 @@ def validate(
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
         simulation=parity(simulated, outputs, head) if simulated is not None else None,
         unfused=parity(unfused, outputs, head),
+        integer_arithmetic=check_kernels(onnx.load(quantized), samples.inputs, provider),
         top1_simulated=accuracy(simulated, 1),
         float_bytes=float_bytes,
         quantized_bytes=quantized.stat().st_size,

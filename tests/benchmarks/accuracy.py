@@ -1,0 +1,147 @@
+"""Compare algorithms on one model at equal data, batch and iterations; every figure from the exported file under ONNX Runtime.
+
+usage: python -m tests.benchmarks.accuracy MODEL.onnx --calibration C.npz --eval E.npz --out RESULTS.json
+           [--precisions w4a4,w3a3,w2a4] [--methods mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop] [--seeds 0]
+           [--iterations 1000] [--batch-size 32] [--first-last 8|same] [--samples 1024] [--threads 2]
+
+A method is an algorithm of the command line, with `mrecg+` in front for `--units loss` (else `--units none`); `mrecg:UNITS+` selects
+another metric. Rows that RESULTS.json has already are not run again, so that a broken-off comparison continues. Prints a Markdown table.
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from exporters import export_qdq, write_model
+from toolchain import report
+from toolchain.config import Config, parse_precision
+from toolchain.cpu import keep_freed_memory
+from toolchain.pipeline import pick_device, quantize, simulate
+from toolchain.samples import Preprocessing, Samples, load_samples
+from toolchain.source import SourceModel, load_source
+from toolchain.validation import ValidationReport, validate
+
+
+def configuration(method: str, precision: str, seed: int, args: argparse.Namespace) -> Config:
+    """The settings of one row."""
+    prefix, _, algorithm = method.rpartition("+")
+    units = prefix.partition(":")[2] or "loss" if prefix else "none"
+    return Config(
+        **parse_precision(precision),
+        algorithm=algorithm,
+        units=units,
+        seed=seed,
+        iterations=args.iterations,
+        batch_size=args.batch_size,
+        first_last_bits=args.first_last,
+        calibration_samples=args.samples,
+        device=args.device,
+    )
+
+
+def measured(source: SourceModel, calibration: Samples, evaluation: Samples, config: Config) -> dict[str, Any]:
+    """Run one configuration and measure the exported file."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    started, processor = time.perf_counter(), used.ru_utime + used.ru_stime
+    found = quantize(source, calibration, config)
+    seconds = time.perf_counter() - started
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantized.onnx"
+        write_model(export_qdq(source.model, found.table), path)
+        simulated = simulate(source, found.table, evaluation, pick_device(config.device))
+        checked = validate(source.model, path, evaluation, source.path.stat().st_size, config.device, simulated)
+    return {
+        **row_of(checked),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(used.ru_utime + used.ru_stime - processor, 1),
+        "units": [unit.name for unit in found.plan.units],
+        "block_losses": [row.loss for row in found.plan.rows],
+        "unit_losses": [[r.loss_before, r.loss_after] for r in found.results],
+        "kept_initial": [r.unit for r in found.results if r.kept == "initial"],
+        **report.oscillations(found),
+    }
+
+
+def row_of(checked: ValidationReport) -> dict[str, Any]:
+    """The figures of a validation that the table shows."""
+    simulation = checked.simulation
+    return {
+        "top1_float": checked.top1_float,
+        "top1": checked.top1_quantized,
+        "top1_simulated": checked.top1_simulated,
+        "agreement": checked.agreement,
+        "sqnr": min(checked.sqnr.values()),
+        "simulation_agreement": simulation.agreement if simulation else None,
+        "integer_operators": checked.integer_operators,
+        "float_layers": checked.float_layers,
+        "samples": checked.samples,
+        "provider": checked.provider,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table, best readable sorted by precision."""
+    lines = ["| precision | method | seed | top-1 | drop | agreement | SQNR dB | sim = ORT | s | CPU s | units |", "|" + "---|" * 11]
+    for row in rows:
+        lines.append(
+            f"| {row['precision']} | {row['method']} | {row['seed']} | {row['top1']:.2f} | {row['top1_float'] - row['top1']:+.2f} | "
+            f"{row['agreement']:.2f} | {row['sqnr']:.2f} | {row['simulation_agreement']:.2f} | {row['seconds']:.0f} | "
+            f"{row['cpu_seconds']:.0f} | {len(row['units'])} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what the results file lacks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--eval", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--precisions", default="w4a4")
+    parser.add_argument("--methods", default="mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--iterations", type=int, default=1000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--first-last", default="8", choices=["8", "same"])
+    parser.add_argument("--samples", type=int, default=1024)
+    parser.add_argument("--eval-samples", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    source = load_source(args.model)
+    calibration = load_samples(args.calibration, source.inputs, Preprocessing(), "--calibration")
+    evaluation = load_samples(args.eval, source.inputs, Preprocessing(), "--eval")
+    if args.eval_samples is not None:
+        evaluation = evaluation.first(args.eval_samples)
+    results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
+    results["environment"] = report.environment(str(pick_device(args.device)))
+    keys = ("model", "precision", "method", "seed", "iterations", "batch_size", "first_last", "calibration_samples")
+    done = {tuple(row[key] for key in keys) for row in results["rows"]}
+    for precision in args.precisions.split(","):
+        for method in args.methods.split(","):
+            for seed in map(int, args.seeds.split(",")):
+                config = configuration(method, precision, seed, args)
+                count = min(args.samples, calibration.count)
+                key = (args.model.stem, precision, method, seed, args.iterations, args.batch_size, args.first_last, count)
+                if key in done:
+                    continue
+                row = dict(zip(keys, key, strict=True)) | measured(source, calibration, evaluation, config)
+                results["rows"].append(row | {"threads": args.threads, "config": dataclasses.asdict(config)})
+                args.out.write_text(json.dumps(report.finite(results), indent=1) + "\n")
+                print(table([row]).splitlines()[-1], flush=True)
+    print(table([row for row in results["rows"] if row["model"] == args.model.stem]))
+
+
+if __name__ == "__main__":
+    main()
