@@ -76,8 +76,9 @@ def _config_options(*halves: type) -> Callable[[Callable[..., None]], Callable[.
                 kinds = [kind for kind in (get_args(hints[spec.name]) or (hints[spec.name],)) if kind is not type(None)]
                 choices = spec.metadata.get("choices")
                 text = spec.metadata["help"]
-                if spec.default not in (None, ()) and not isinstance(spec.default, bool):
-                    text += f"  [default: {spec.default}]"
+                if spec.default not in (None, ()):
+                    shown = ("off", "on")[spec.default] if isinstance(spec.default, bool) else spec.default
+                    text += f"  [default: {shown}]"
                 common: dict[str, Any] = {"default": None, "help": text, "section": _SECTIONS[spec.metadata["section"]], "cls": _Option}
                 name = flag(spec.name)
                 if hints[spec.name] == tuple[str, ...]:
