@@ -206,6 +206,15 @@ def test_bad_input(model: str, arrays: dict[str, np.ndarray], options: list[str]
     assert sorted(place.iterdir()) == sorted([*before, place / "data.npz"])
 
 
+def test_labels_that_are_no_classes_are_refused_before_the_work(place: Path) -> None:
+    np.savez(place / "wrong.npz", x=GOOD, labels=np.full(len(GOOD), 10))
+    before = sorted(place.iterdir())
+    result = quantize(place, "--eval-data", place / "wrong.npz")
+    assert result.exit_code == 4, result.output
+    assert f"--eval-data {place / 'wrong.npz'}: labels reach from 10 to 10" in " ".join(result.output.split())
+    assert sorted(place.iterdir()) == before
+
+
 def test_missing_calibration_data_is_an_error(place: Path) -> None:
     result = quantize(place, data=None)
     assert result.exit_code == 2

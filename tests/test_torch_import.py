@@ -1,5 +1,6 @@
 """Every converter against ONNX Runtime: several shapes, attributes and opset versions."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from toolchain.errors import UnsupportedModelError
+from toolchain.errors import InstallationError, UnsupportedModelError
 from toolchain.graph import Graph, Node, boundary
 from toolchain.partition import Block
 from toolchain.source import InputSpec, SourceModel, infer_types
-from toolchain.torch_import import import_block
+from toolchain.torch_import import fallback, import_block
 
 ATOL = 2e-5  # float32 sums of at most a few hundred products of unit normals
 
@@ -209,3 +210,19 @@ def test_operators_of_onnx2torch_at_newer_versions(kind: str, opset: int, attrib
 def test_an_unknown_operator_names_its_node() -> None:
     with pytest.raises(UnsupportedModelError, match=r"node 'node'.*Hardmax"):
         both(node_model("Hardmax", normal(2, 3), {}, 17), normal(2, 3))
+
+
+def test_a_torchvision_that_does_not_match_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mismatched:
+        """What importing torchvision does beside another torch."""
+
+        def find_spec(self, name: str, *_: Any) -> None:
+            if name.partition(".")[0] == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("onnx2torch", "torchvision")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Mismatched(), *sys.meta_path])
+    with pytest.raises(InstallationError, match=r"nms does not exist.*install both together") as caught:
+        fallback._onnx2torch.__wrapped__()
+    assert caught.value.exit_code == 7

@@ -290,10 +290,12 @@ def validate_command(float_model: Path, quantized_model: Path, device: str, as_j
 
 
 def _samples(place: str, source: "SourceModel", data: DataConfig, option: str, limit: int | None) -> "Samples":
+    from .pipeline import check_classes
     from .samples import Preprocessing, load_samples
 
     labels = Path(data.labels) if data.labels is not None and option == "--eval-data" else None
     samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit)
+    check_classes(source, samples, f"{option} {place}")
     return samples if limit is None or option == "--calibration-data" else samples.first(limit)
 
 

@@ -28,6 +28,8 @@ Progress = Callable[[str, int, int, float], None]
 _IMPORT_TOLERANCE = 1e-4  # of a value's largest magnitude; float32 summation order through a whole network stays well below
 _IMPORT_SAMPLES = 4
 _ASSUMED_AXIS = 224
+# cuDNN would compute convolutions in TF32 by itself, whose 10-bit mantissa moves values across rounding ties and fails the import check.
+_full_float32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Quantized:
     seconds: Mapping[str, float]
 
 
+@_full_float32
 def quantize(source: SourceModel, samples: Samples, config: Config, progress: Progress = lambda *_: None) -> Quantized:
     """Quantize a float model: partition, calibrate, plan, reconstruct.
 
@@ -90,15 +93,25 @@ def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[Block
     """Partition the model, and refuse settings that name what it does not have: everything that can be said before the work begins."""
     types = infer_types(source, samples.shapes)
     match_nodes(source.graph, config.keep_float)
-    if samples.labels is not None:
-        classes = next((types.shapes[name][0] for name in source.graph.outputs if len(types.shapes.get(name, ())) == 1), None)
-        if classes is not None and classes > 1:
-            check_labels(samples.labels, classes, "labels")
     blocks = partition.layers(source.graph) if config.algorithm == "adaround" else partition.partition(source.graph, types.batched)
     rows = block_rows(source, types, blocks, config)
     if config.merge:
         make_plan(source, rows, config)
     return rows
+
+
+def check_classes(source: SourceModel, samples: Samples, where: str) -> None:
+    """Refuse labels that are no classes of the model; a model without a class output takes any.
+
+    Raises:
+        DataError: saying what range the labels have and what the model.
+    """
+    if samples.labels is None:
+        return
+    types = infer_types(source, samples.shapes)
+    classes = next((types.shapes[name][0] for name in source.graph.outputs if len(types.shapes.get(name, ())) == 1), 1)
+    if classes > 1:
+        check_labels(samples.labels, classes, where)
 
 
 def inspect(source: SourceModel, shapes: Mapping[str, tuple[int, ...]], config: Config) -> tuple[Plan, list[str]]:
@@ -226,6 +239,7 @@ def reconstruct(
     return table, tuple(results)
 
 
+@_full_float32
 def simulate(source: SourceModel, table: QuantTable, samples: Samples, device: torch.device) -> dict[str, np.ndarray]:
     """Run the quantized model in torch: the graph outputs under the table [N, ...], by name."""
     types = infer_types(source, samples.shapes)

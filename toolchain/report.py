@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import resource
 import sys
 from dataclasses import asdict
 from importlib import metadata
@@ -183,8 +182,12 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not tell (Windows)."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
