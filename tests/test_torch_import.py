@@ -17,7 +17,7 @@ from toolchain.errors import InstallationError, UnsupportedModelError
 from toolchain.graph import Graph, Node, boundary
 from toolchain.partition import Block
 from toolchain.source import InputSpec, SourceModel, infer_types
-from toolchain.torch_import import fallback, import_block
+from toolchain.torch_import import can_import, fallback, import_block
 
 ATOL = 2e-5  # float32 sums of at most a few hundred products of unit normals
 
@@ -205,6 +205,18 @@ def test_slice(cuts: list[tuple[int, int, int]]) -> None:
 def test_operators_of_onnx2torch_at_newer_versions(kind: str, opset: int, attributes: dict[str, Any]) -> None:
     """Schemas that only admit more types than the newest one that onnx2torch registers are the same operator."""
     check(kind, normal(2, 3, 4, 5), opset=opset, **attributes)
+
+
+def test_what_cannot_be_imported_is_known_beforehand() -> None:
+    def reason(kind: str, **attributes: Any) -> str | None:
+        model = node_model(kind, normal(2, 3), {}, 17, **attributes)
+        proto = model.graph.node[0]
+        node = Node(proto.name, proto.op_type, tuple(proto.input), tuple(proto.output))
+        source = SourceModel(Path("test"), "", model, Graph((node,), ("x",), ("y",), frozenset()), (InputSpec("x", np.dtype("f4"), (2, 3)),))
+        return can_import(source, infer_types(source, {"x": (3,)}), node)
+
+    assert reason("Relu") is None
+    assert "not implemented" in (reason("Hardmax") or "")
 
 
 def test_an_unknown_operator_names_its_node() -> None:

@@ -1,32 +1,20 @@
 """A block of the ONNX graph as a torch module over ONNX value names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import torch
-from onnx import helper
 
-from ..graph import ONNX_DOMAINS
+from ..errors import UnsupportedModelError
+from ..graph import Node
 from ..partition import Block
 from ..source import SourceModel, ValueTypes
-from . import convolution, fallback, linear, padding, pooling, reduction, shaping
-from .operator import Converter
+from . import fallback
+from .converters import CONVERTERS
+from .operator import NodeView, Operator, Refused
 
-_CONVERTERS: Mapping[str, Converter] = {
-    "Conv": convolution.conv,
-    "ConvTranspose": convolution.conv_transpose,
-    "Gemm": linear.gemm,
-    "MatMul": linear.matmul,
-    "MaxPool": pooling.max_pool,
-    "AveragePool": pooling.average_pool,
-    "GlobalMaxPool": pooling.global_max_pool,
-    "Pad": padding.pad,
-    "Reshape": shaping.reshape,
-    "Slice": shaping.slice_,
-    **reduction.CONVERTERS,
-}
 _SMALL = 65536  # elements: larger constants are never shapes or bounds, converters do not need to read them
 
 Observer = Callable[[str, torch.Tensor], torch.Tensor]
@@ -34,11 +22,14 @@ Observer = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class _Step:
+    """One node. `moves` are the positions of host values among its inputs that a device operator computes with."""
+
     node: str
     call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     frees: tuple[str, ...]
+    moves: tuple[int, ...] = ()
 
 
 class TorchBlock(torch.nn.Module):
@@ -48,11 +39,19 @@ class TorchBlock(torch.nn.Module):
     and a weight that two nodes share is one tensor. Everything else constant is held as a buffer.
     """
 
-    def __init__(self, block: Block, steps: tuple[_Step, ...], weights: tuple[str, ...], constants: Mapping[str, torch.Tensor]) -> None:
+    def __init__(
+        self,
+        block: Block,
+        steps: tuple[_Step, ...],
+        weights: tuple[str, ...],
+        constants: Mapping[str, torch.Tensor],
+        host_outputs: AbstractSet[str],
+    ) -> None:
         super().__init__()
         self.block = block
         self.weights = weights
         self._steps = steps
+        self._host_outputs = host_outputs
         self._modules_of_steps = torch.nn.ModuleList([s.call for s in steps if isinstance(s.call, torch.nn.Module)])
         self._constant_names = tuple(constants)
         for index, tensor in enumerate(constants.values()):
@@ -65,63 +64,103 @@ class TorchBlock(torch.nn.Module):
             values: the block's inputs and weights by name.
             observe: called with the name and tensor of every value the nodes make; what it returns takes the tensor's place.
         """
+        device = next((tensor.device for tensor in values.values()), torch.device("cpu"))
         alive = {name: self.get_buffer(f"constant_{index}") for index, name in enumerate(self._constant_names)}
         alive |= values
         for step in self._steps:
-            made = step.call(*(alive[name] if name else None for name in step.inputs))
+            arguments = [alive[name] if name else None for name in step.inputs]
+            for index in step.moves:
+                arguments[index] = alive[step.inputs[index]].to(device)
+            made = step.call(*arguments)
             for name, tensor in zip(step.outputs, made if isinstance(made, (tuple, list)) else (made,), strict=False):
                 if name:
                     alive[name] = tensor if observe is None else observe(name, tensor)
             for name in step.frees:
                 del alive[name]
-        return {name: alive[name] for name in self.block.outputs}
+        return {name: alive[name].to(device) if name in self._host_outputs else alive[name] for name in self.block.outputs}
 
 
 def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchBlock:
-    """Import the nodes of a block, each with this project's converter or onnx2torch's.
+    """Import the nodes of a block, each with this project's converter or, where there is none, onnx2torch's.
 
     Raises:
-        UnsupportedModelError: a node that neither can convert.
+        UnsupportedModelError: a node that cannot be converted.
     """
-    protos = [source.node_protos[node.name] for node in block.nodes]
     weights = tuple(
         dict.fromkeys(name for node in block.nodes for name in (source.graph.weight(node), source.graph.bias(node)) if name is not None)
     )
-    small = {
-        name: source.constants[name]
-        for node in block.nodes
-        for name in node.inputs
-        if name in source.constants and name not in weights and source.constants[name].size <= _SMALL
-    }
-    graph = _subgraph(source, types, protos, block, set(weights))
-    steps: list[_Step] = []
+    operators: list[Operator] = []
+    for node in block.nodes:
+        try:
+            operators.append(_convert(source, types, node))
+        except Refused as reason:
+            raise UnsupportedModelError(
+                f"node {node.name!r}: {node.op_type} (opset {_opset(source, node)}) cannot be imported to torch: {reason}"
+            ) from reason
+    host = _host_values(block.nodes, operators, source.graph.constants)
     last_read = {name: index for index, node in enumerate(block.nodes) for name in (*node.inputs, *node.outputs)}
-    for index, (node, proto) in enumerate(zip(block.nodes, protos, strict=True)):
-        converter = _CONVERTERS.get(node.op_type) if node.domain in ONNX_DOMAINS else None
-        operator = converter(proto, small) if converter is not None else None
-        if operator is None:
-            operator, _ = fallback.convert(proto, graph, source.opset if node.domain in ONNX_DOMAINS else 1)
+    steps: list[_Step] = []
+    for index, (node, operator) in enumerate(zip(block.nodes, operators, strict=True)):
         frees = tuple(
             name
             for name, position in last_read.items()
             if position == index and name and name not in block.outputs and name not in source.constants
         )
-        steps.append(_Step(node.name, operator.call, operator.inputs, node.outputs, frees))
+        if host.issuperset(name for name in node.outputs if name):
+            operator, moves = _on_host(operator, source.constants), ()
+        else:
+            moves = tuple(i for i, name in enumerate(operator.inputs) if name in host and i not in operator.host)
+        steps.append(_Step(node.name, operator.call, operator.inputs, node.outputs, frees, moves))
     read = dict.fromkeys(name for step in steps for name in step.inputs if name in source.constants and name not in weights)
     constants = {name: torch.from_numpy(np.array(source.constants[name])) for name in read}
-    return TorchBlock(block, tuple(steps), weights, constants).eval()
+    return TorchBlock(block, tuple(steps), weights, constants, host & set(block.outputs)).eval()
 
 
-def _subgraph(source: SourceModel, types: ValueTypes, protos: list[onnx.NodeProto], block: Block, weights: set[str]) -> onnx.GraphProto:
-    """The block as a graph of its own, as onnx2torch wants to see it: declared values, small constants, weights as inputs."""
-    names = dict.fromkeys(name for node in block.nodes for name in (*node.inputs, *node.outputs) if name)
-    infos = {
-        name: helper.make_tensor_value_info(name, types.dtypes[name], ["N", *types.shapes[name]])
-        for name in names
-        if name in types.shapes and types.dtypes.get(name)
+def can_import(source: SourceModel, types: ValueTypes, node: Node) -> str | None:
+    """Why a node cannot be imported to torch, or None where it can. Decided by the node alone: a block of such nodes imports."""
+    try:
+        _convert(source, types, node)
+    except Refused as reason:
+        return str(reason)
+    return None
+
+
+def _convert(source: SourceModel, types: ValueTypes, node: Node) -> Operator:
+    proto = source.node_protos[node.name]
+    own = {source.graph.weight(node), source.graph.bias(node)}
+    small = {
+        name: source.constants[name]
+        for name in node.inputs
+        if name in source.constants and name not in own and source.constants[name].size <= _SMALL
     }
-    inputs = [infos.get(name) or onnx.ValueInfoProto(name=name) for name in [*block.inputs, *weights]]
-    outputs = [infos.get(name) or onnx.ValueInfoProto(name=name) for name in block.outputs]
-    tensors = [t for t in source.model.graph.initializer if t.name in names and t.name not in weights]
-    inner = [info for name, info in infos.items() if name not in block.inputs and name not in block.outputs]
-    return helper.make_graph(protos, block.name, inputs, outputs, tensors, value_info=inner)
+    view = NodeView(proto, _opset(source, node), small, types, source.constants)
+    converter = CONVERTERS.get(("" if node.is_standard else node.domain, node.op_type))
+    return converter(view) if converter is not None else fallback.convert(view)
+
+
+def _opset(source: SourceModel, node: Node) -> int:
+    if node.is_standard:
+        return source.opset
+    return next((entry.version for entry in source.model.opset_import if entry.domain == node.domain), 1)
+
+
+def _host_values(nodes: Iterable[Node], operators: Iterable[Operator], constants: AbstractSet[str]) -> frozenset[str]:
+    """The values that are computed from shapes alone: they live on the CPU, so that reading them as numbers waits for no device."""
+    host: set[str] = set()
+    for node, operator in zip(nodes, operators, strict=True):
+        computed = [name for name in operator.inputs if name and name not in constants]
+        if node.is_standard and (node.op_type in ("Shape", "Size") or (computed and host.issuperset(computed))):
+            host.update(name for name in node.outputs if name)
+    return frozenset(host)
+
+
+def _on_host(operator: Operator, arrays: Mapping[str, np.ndarray]) -> Operator:
+    """An operator over host values with its constants bound to it: it must not see those that follow the block to its device."""
+    bound = {i: torch.from_numpy(np.array(arrays[name])) for i, name in enumerate(operator.inputs) if name in arrays}
+    free = tuple(name for i, name in enumerate(operator.inputs) if i not in bound)
+
+    def call(*values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        rest = iter(values)
+        return operator.call(*(bound[i] if i in bound else next(rest) for i in range(len(operator.inputs))))
+
+    return Operator(call, free)

@@ -4,31 +4,45 @@ import warnings
 from functools import cache
 from types import ModuleType
 
+import numpy as np
 import onnx
 import torch
-from onnx import defs
+from onnx import defs, helper, numpy_helper
 
-from ..errors import InstallationError, UnsupportedModelError
-from .operator import Operator
+from ..errors import InstallationError
+from .operator import NodeView, Operator, Refused
 
 
-def convert(node: onnx.NodeProto, graph: onnx.GraphProto, opset: int) -> tuple[Operator, torch.nn.Module]:
-    """Convert one node of `graph` (which declares its inputs, constants and value types) with onnx2torch.
+def convert(view: NodeView) -> Operator:
+    """Convert a node with onnx2torch.
 
     Raises:
-        UnsupportedModelError: no converter for the operator, this version of it, or what the node asks of it.
+        Refused: no converter for the operator, this version of it, or what the node asks of it.
     """
     library = _onnx2torch()
-    version = _registered_version(node, opset)
-    view = library.onnx_graph.OnnxGraph(graph)
-    wrapped = next(item for item in view.nodes.values() if item.name == node.name)
+    node = view.proto
+    version = _registered_version(node, view.opset)
+    graph = library.onnx_graph.OnnxGraph(_alone(view))
+    wrapped = next(iter(graph.nodes.values()))
     try:
-        result = library.node_converters.get_converter(node.op_type, version, node.domain)(wrapped, view)
+        result = library.node_converters.get_converter(node.op_type, version, node.domain)(wrapped, graph)
     except Exception as error:  # converters raise what they please on attributes that they do not expect
-        raise UnsupportedModelError(
-            f"node {node.name!r}: {node.op_type} (opset {opset}) cannot be imported to torch: {error or type(error).__name__}"
-        ) from error
-    return Operator(result.torch_module, tuple(result.onnx_mapping.inputs)), result.torch_module
+        raise Refused(str(error) or type(error).__name__) from error
+    return Operator(result.torch_module, tuple(result.onnx_mapping.inputs))
+
+
+def _alone(view: NodeView) -> onnx.GraphProto:
+    """The node as a graph of its own, as onnx2torch wants to see it: declared values and its constants."""
+    node = view.proto
+
+    def info(name: str) -> onnx.ValueInfoProto:
+        shape, dtype = view.types.shapes.get(name), view.types.dtypes.get(name)
+        return helper.make_tensor_value_info(name, dtype, ["N", *shape]) if shape is not None and dtype else onnx.ValueInfoProto(name=name)
+
+    read = dict.fromkeys(name for name in node.input if name)
+    tensors = [numpy_helper.from_array(np.ascontiguousarray(view.arrays[name]), name) for name in read if name in view.arrays]
+    inputs = [info(name) for name in read if name not in view.arrays]
+    return helper.make_graph([node], "node", inputs, [info(name) for name in node.output if name], tensors)
 
 
 def _registered_version(node: onnx.NodeProto, opset: int) -> int:

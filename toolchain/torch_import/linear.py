@@ -1,14 +1,13 @@
-"""Gemm and MatMul on tensors in their ONNX layout."""
+"""Products of matrices on tensors in their ONNX layout."""
 
-import onnx
 import torch
 
-from .operator import Constants, Operator, attributes
+from .operator import Converter, NodeView, Operator
 
 
-def gemm(node: onnx.NodeProto, constants: Constants) -> Operator:
+def gemm(view: NodeView) -> Operator:
     """Y = alpha * A' B' + beta * C, with A' and B' transposed as the attributes say."""
-    attrs = attributes(node)
+    attrs = view.attrs
     alpha, beta = attrs.get("alpha", 1.0), attrs.get("beta", 1.0)
     trans_a, trans_b = attrs.get("transA", 0), attrs.get("transB", 0)
 
@@ -18,9 +17,12 @@ def gemm(node: onnx.NodeProto, constants: Constants) -> Operator:
             return alpha * (left @ right) if alpha != 1.0 else left @ right
         return torch.addmm(c, left, right, beta=beta, alpha=alpha)
 
-    return Operator(call, tuple(node.input))
+    return Operator(call, view.inputs)
 
 
-def matmul(node: onnx.NodeProto, constants: Constants) -> Operator:
+def matmul(view: NodeView) -> Operator:
     """MatMul with NumPy's broadcasting, which is torch's."""
-    return Operator(torch.matmul, tuple(node.input))
+    return Operator(torch.matmul, view.inputs)
+
+
+CONVERTERS: dict[str, Converter] = {"Gemm": gemm, "MatMul": matmul}

@@ -1,13 +1,13 @@
 """ONNX padding conventions in torch terms, and the Pad operator."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import onnx
 import torch
 import torch.nn.functional as F
 
-from .operator import Constants, Operator, attributes, constant_input, has_input
+from .operator import Converter, NodeView, Operator, with_numbers
 
 _MODES = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
 
@@ -29,7 +29,7 @@ class WindowPads:
     dilations: tuple[int, ...]
 
     @classmethod
-    def of(cls, attrs: dict, kernel: Sequence[int]) -> "WindowPads":
+    def of(cls, attrs: Mapping[str, Any], kernel: Sequence[int]) -> "WindowPads":
         rank = len(kernel)
         pads = attrs.get("pads", [0] * (2 * rank))
         auto = attrs.get("auto_pad", "NOTSET")
@@ -64,29 +64,47 @@ class WindowPads:
         return F.pad(x, to_torch(begin, end), value=value) if any((*begin, *end)) else x
 
 
-def pad(node: onnx.NodeProto, constants: Constants) -> Operator | None:
-    """Pad-11 and newer with constant pads (and, from opset 18, axes); other modes than `constant` pad spatial axes only."""
-    pads = constant_input(node, 1, constants)
-    axes = constant_input(node, 3, constants)
-    value = constant_input(node, 2, constants)
-    mode = _MODES.get(attributes(node).get("mode", "constant"))
-    if pads is None or mode is None or (has_input(node, 3) and axes is None) or (has_input(node, 2) and value is None):
-        return None
-    fill = float(value.reshape(-1)[0]) if value is not None else 0.0
-    half = len(pads) // 2
-    begin, end = pads[:half].tolist(), pads[half:].tolist()
+def pad(view: NodeView) -> Operator:
+    """Pad of every version: pads and value are attributes before opset 11, axes may be given from 18, `wrap` is a mode from 19."""
+    mode = view.attrs.get("mode", "constant")
+    if mode not in _MODES:
+        view.refuse(f"mode {mode!r} is not known")
 
-    def call(x: torch.Tensor) -> torch.Tensor:
-        positions = [int(a) % x.dim() for a in axes] if axes is not None else range(x.dim())
-        before, after = [0] * x.dim(), [0] * x.dim()
-        for axis, low, high in zip(positions, begin, end, strict=True):
-            before[axis], after[axis] = low, high
+    def call(x: torch.Tensor, pads: Sequence[int], value: Sequence[float] | None = None, axes: Sequence[int] | None = None) -> torch.Tensor:
+        half = len(pads) // 2
+        begin, end = [0] * x.dim(), [0] * x.dim()
+        for axis, low, high in zip(axes if axes is not None else range(x.dim()), pads[:half], pads[half:], strict=True):
+            begin[axis], end[axis] = low, high
         if mode == "constant":
-            return F.pad(x, to_torch(before, after), value=fill)
-        # F.pad takes the other modes for at most the last dim-2 axes, and needs the list cut to those.
-        outer = 2 if x.dim() > 2 else 0
-        if any(before[:outer]) or any(after[:outer]):
-            raise NotImplementedError(f"Pad mode {mode!r} on axis 0 or 1")
-        return F.pad(x, to_torch(before[outer:], after[outer:]), mode=mode)
+            return F.pad(x, to_torch(begin, end), value=value[0] if value else 0)
+        if min((*begin, *end), default=0) < 0:  # cut first: only what is left is repeated
+            x = F.pad(x, to_torch([min(low, 0) for low in begin], [min(high, 0) for high in end]))
+            begin, end = [max(low, 0) for low in begin], [max(high, 0) for high in end]
+        return _repeat(x, begin, end, mode)
 
-    return Operator(call, (node.input[0],))
+    if "pads" in view.attrs or "paddings" in view.attrs:
+        pads, value = view.attrs.get("pads", view.attrs.get("paddings")), [view.attrs.get("value", 0.0)]
+        return Operator(lambda x: call(x, pads, value), view.inputs[:1])
+    return with_numbers(view, (1, 2, 3), call)
+
+
+def _repeat(x: torch.Tensor, begin: Sequence[int], end: Sequence[int], mode: str) -> torch.Tensor:
+    """Pad with the tensor's own elements. torch does so on up to three spatial axes and less far than ONNX allows; the rest is indexing."""
+    reach = [size - 1 if mode == "reflect" else size for size in x.shape]
+    if x.dim() in (3, 4, 5) and not any((*begin[:2], *end[:2])) and all(max(b, e) <= r for b, e, r in zip(begin, end, reach, strict=True)):
+        return F.pad(x, to_torch(begin[2:], end[2:]), mode=_MODES[mode])
+    for axis, (low, high) in enumerate(zip(begin, end, strict=True)):
+        if low or high:
+            size = x.shape[axis]
+            index = torch.arange(-low, size + high, device=x.device)
+            if mode == "edge":
+                index = index.clamp(0, size - 1)
+            elif mode == "wrap":
+                index = index % size
+            else:
+                index = (index % max(2 * size - 2, 1)).sub(size - 1).abs().neg().add(size - 1)
+            x = x.index_select(axis, index)
+    return x
+
+
+CONVERTERS: dict[str, Converter] = {"Pad": pad}

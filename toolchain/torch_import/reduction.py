@@ -1,34 +1,79 @@
-"""Reductions whose axes are an attribute (before opset 18; ReduceSum before 13) or a constant input."""
+"""Reductions and arg-reductions. Axes are an attribute before opset 18 (ReduceSum: 13), an input from then on."""
 
-import onnx
+from collections.abc import Callable, Sequence
+
 import torch
 
-from .operator import Constants, Converter, Operator, attributes, constant_input, has_input
+from .operator import Converter, NodeView, Operator, with_numbers
 
-_REDUCTIONS = {
-    "ReduceMean": torch.mean,
-    "ReduceSum": torch.sum,
-    "ReduceMax": torch.amax,
-    "ReduceMin": torch.amin,
-    "ReduceL1": lambda x, dim, keepdim: x.abs().sum(dim=dim, keepdim=keepdim),
-    "ReduceL2": lambda x, dim, keepdim: x.square().sum(dim=dim, keepdim=keepdim).sqrt(),
-    "ReduceSumSquare": lambda x, dim, keepdim: x.square().sum(dim=dim, keepdim=keepdim),
-    "ReduceLogSumExp": torch.logsumexp,
+_Reduction = Callable[[torch.Tensor, tuple[int, ...], bool], torch.Tensor]
+
+
+def _prod(x: torch.Tensor, axes: tuple[int, ...], keepdims: bool) -> torch.Tensor:
+    for axis in sorted((axis % x.dim() for axis in axes), reverse=True):
+        x = torch.prod(x, dim=axis, keepdim=keepdims)
+    return x
+
+
+def _extreme(function: Callable[..., torch.Tensor], sign: int) -> _Reduction:
+    """amax or amin, with ONNX's value for an empty set: the end of the type's range."""
+
+    def call(x: torch.Tensor, axes: tuple[int, ...], keepdims: bool) -> torch.Tensor:
+        if x.numel():
+            return function(x, dim=axes, keepdim=keepdims)
+        if x.is_floating_point():
+            value = -sign * float("inf")
+        else:
+            info = torch.iinfo(x.dtype) if x.dtype != torch.bool else None
+            value = sign < 0 if info is None else (info.min if sign > 0 else info.max)
+        return torch.full_like(x.sum(dim=axes, keepdim=keepdims), value, dtype=x.dtype)
+
+    return call
+
+
+_REDUCTIONS: dict[str, _Reduction] = {
+    "ReduceMean": lambda x, axes, keep: torch.mean(x, dim=axes, keepdim=keep),
+    "ReduceSum": lambda x, axes, keep: torch.sum(x, dim=axes, keepdim=keep),
+    "ReduceProd": _prod,
+    "ReduceMax": _extreme(torch.amax, 1),
+    "ReduceMin": _extreme(torch.amin, -1),
+    "ReduceL1": lambda x, axes, keep: x.abs().sum(dim=axes, keepdim=keep),
+    "ReduceL2": lambda x, axes, keep: x.square().sum(dim=axes, keepdim=keep).sqrt(),
+    "ReduceSumSquare": lambda x, axes, keep: x.square().sum(dim=axes, keepdim=keep),
+    "ReduceLogSum": lambda x, axes, keep: x.sum(dim=axes, keepdim=keep).log(),
+    "ReduceLogSumExp": lambda x, axes, keep: torch.logsumexp(x, dim=axes, keepdim=keep),
 }
 
 
-def reduce(node: onnx.NodeProto, constants: Constants) -> Operator | None:
-    """A Reduce* operator over constant axes; no axes means all, or none with `noop_with_empty_axes`."""
-    attrs = attributes(node)
-    given = constant_input(node, 1, constants)
-    if has_input(node, 1) and given is None:
-        return None
-    axes = tuple(int(a) for a in given.reshape(-1)) if given is not None else tuple(attrs.get("axes", ()))
-    keepdims = bool(attrs.get("keepdims", 1))
-    function = _REDUCTIONS[node.op_type]
-    if not axes and attrs.get("noop_with_empty_axes", 0):
-        return Operator(lambda x: x, (node.input[0],))
-    return Operator(lambda x: function(x, dim=axes or tuple(range(x.dim())), keepdim=keepdims), (node.input[0],))
+def reduce(view: NodeView) -> Operator:
+    """A Reduce* operator; no axes means all, or (with `noop_with_empty_axes`) each element for itself."""
+    attrs = view.attrs
+    keepdims, noop = bool(attrs.get("keepdims", 1)), bool(attrs.get("noop_with_empty_axes", 0))
+    function = _REDUCTIONS[view.proto.op_type]
+
+    def call(x: torch.Tensor, axes: Sequence[int] | None = None) -> torch.Tensor:
+        if not axes and (noop or x.dim() == 0):
+            return function(x.unsqueeze(0), (0,), False).to(x.dtype)
+        return function(x, tuple(axes or range(x.dim())), keepdims).to(x.dtype)  # torch sums narrow integers in int64
+
+    if "axes" in attrs:
+        axes = list(attrs["axes"])
+        return Operator(lambda x: call(x, axes), view.inputs[:1])
+    return with_numbers(view, (1,), call)
 
 
-CONVERTERS: dict[str, Converter] = dict.fromkeys(_REDUCTIONS, reduce)
+def arg_reduce(view: NodeView) -> Operator:
+    """ArgMax and ArgMin; among equals the first, or (`select_last_index`) the last."""
+    attrs = view.attrs
+    axis, keepdims, last = attrs.get("axis", 0), bool(attrs.get("keepdims", 1)), bool(attrs.get("select_last_index", 0))
+    function = torch.argmax if view.proto.op_type == "ArgMax" else torch.argmin
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        if last:
+            return x.shape[axis] - 1 - function(x.flip(axis), dim=axis, keepdim=keepdims)
+        return function(x, dim=axis, keepdim=keepdims)
+
+    return Operator(call, view.inputs)
+
+
+CONVERTERS: dict[str, Converter] = {**dict.fromkeys(_REDUCTIONS, reduce), "ArgMax": arg_reduce, "ArgMin": arg_reduce}
