@@ -212,7 +212,8 @@ def test_what_cannot_be_imported_is_known_beforehand() -> None:
         model = node_model(kind, normal(2, 3), {}, 17, **attributes)
         proto = model.graph.node[0]
         node = Node(proto.name, proto.op_type, tuple(proto.input), tuple(proto.output))
-        source = SourceModel(Path("test"), "", model, Graph((node,), ("x",), ("y",), frozenset()), (InputSpec("x", np.dtype("f4"), (2, 3)),))
+        graph = Graph((node,), ("x",), ("y",), frozenset())
+        source = SourceModel(Path("test"), "", model, graph, (InputSpec("x", np.dtype("f4"), (2, 3)),))
         return can_import(source, infer_types(source, {"x": (3,)}), node)
 
     assert reason("Relu") is None
