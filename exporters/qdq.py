@@ -7,6 +7,8 @@ untouched.
 Fewer than 8 bits travel in 8-bit integers. What keeps them on their grid is a Clip on the integers between QuantizeLinear and
 DequantizeLinear: ONNX Runtime keeps its integer kernels around it, which it does not for a Clip on floats. A Relu or Clip in front of a
 quantizer is folded into those bounds, which is exact: rounding is monotone, so round(clip(x, a, b)) = clip(round(x), round(a), round(b)).
+Runtimes that take nothing between the two (TensorRT, OpenVINO, QNN) get that Clip on the floats in front of QuantizeLinear, between the
+ends of the grid, which is exact for the same reason; there Relu and Clip stay.
 """
 
 import os
@@ -19,20 +21,24 @@ import onnx
 from onnx import helper, numpy_helper, version_converter
 
 from toolchain.errors import ExportError
-from toolchain.quant_table import QuantTable, TensorQuant, quantize
+from toolchain.quant_table import QuantTable, TensorQuant, dequantize, quantize
+from toolchain.scheme import ORT_CPU, Scheme
 
 from .storage import Storage, storage_of
 
 METADATA_PREFIX = "mrecg_onnx."
 
 
-def export_qdq(model: onnx.ModelProto, table: QuantTable, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+def export_qdq(
+    model: onnx.ModelProto, table: QuantTable, metadata: Mapping[str, str] | None = None, scheme: Scheme = ORT_CPU
+) -> onnx.ModelProto:
     """Return a copy of a float model that computes on the grids of a table.
 
     Args:
         model: the normalised float model that the table was made for.
         table: grids by value name; those with codes are constants of the model.
         metadata: added to the model's metadata under the prefix `mrecg_onnx.`.
+        scheme: the rules of the target; the table should come from the same.
 
     Raises:
         ExportError: a grid has no ONNX type, or the opset cannot be raised to the one it needs.
@@ -40,7 +46,7 @@ def export_qdq(model: onnx.ModelProto, table: QuantTable, metadata: Mapping[str,
     needed = max((storage_of(grid.spec).opset for grid in table.tensors.values()), default=0)
     quantized = _at_opset(model, needed)
     graph = quantized.graph
-    _Editor(graph, table).edit()
+    _Editor(graph, table, scheme).edit()
     onnx.helper.set_model_props(
         quantized,
         {entry.key: entry.value for entry in model.metadata_props}
@@ -91,17 +97,20 @@ def _at_opset(model: onnx.ModelProto, needed: int) -> onnx.ModelProto:
 class _Editor:
     """Rewrites one graph in place."""
 
-    def __init__(self, graph: onnx.GraphProto, table: QuantTable) -> None:
+    def __init__(self, graph: onnx.GraphProto, table: QuantTable, scheme: Scheme) -> None:
         self._graph = graph
         self._table = table
+        self._scheme = scheme
         self._outputs = {output.name for output in graph.output}
+        self._quantized_outputs = self._outputs if scheme.results == "all" else set()
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._new_constants: list[onnx.TensorProto] = []
 
     def edit(self) -> None:
         table = self._table.tensors
         nodes: list[onnx.NodeProto] = []
-        renamed = {name: f"{name}_dequantized" for name, grid in table.items() if grid.codes is None}
+        # A quantized graph output keeps its name behind the pair; the value in front of it gets another.
+        renamed = {name: self._dequantized(name) for name, grid in table.items() if grid.codes is None}
         for name, grid in table.items():
             if grid.codes is not None:
                 nodes.append(self._constant_pair(name, grid))
@@ -116,9 +125,12 @@ class _Editor:
             quantized = [output for output in node.output if output in renamed]
             bounds = self._absorbed(node) if quantized == list(node.output) else None
             if bounds is None:
+                kept.output[:] = [f"{output}_float" if renamed.get(output) == output else output for output in node.output]
                 nodes.append(kept)
-            for output in quantized:
-                origin = output if bounds is None else kept.input[0]
+            for output, made in zip(node.output, kept.output, strict=True):
+                if output not in renamed:
+                    continue
+                origin = made if bounds is None else kept.input[0]
                 nodes += self._pair(output, origin, table[output], bounds or (None, None))
         del self._graph.node[:]
         self._graph.node.extend(nodes)
@@ -126,6 +138,8 @@ class _Editor:
 
     def _absorbed(self, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
         """The float bounds of a Relu or Clip that the quantizer behind it takes over; None where the node must stay."""
+        if self._scheme.saturation != "integer":
+            return None
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("Relu", "Clip") or node.output[0] in self._outputs:
             return None
         if any(name and name not in self._constants for name in node.input[1:]):
@@ -139,19 +153,31 @@ class _Editor:
         return (low, high)
 
     def _pair(self, name: str, origin: str, grid: TensorQuant, bounds: tuple[float | None, float | None]) -> list[onnx.NodeProto]:
-        """QuantizeLinear, Clip on the integers where the type is wider than the grid, DequantizeLinear."""
+        """QuantizeLinear and DequantizeLinear; where the type is wider than the grid, a Clip on the integers between them, or in front."""
         storage = storage_of(grid.spec)
         parameters = self._parameters(name, grid, storage)
         low, high = _code_range(grid, bounds)
-        nodes = [helper.make_node("QuantizeLinear", [origin, *parameters], [f"{name}_quantized"], f"{name}_QuantizeLinear")]
-        codes = f"{name}_quantized"
         # A tied value holds codes of the grid already.
-        if (low, high) != (storage.low, storage.high) and grid.tied_to is None:
-            limits = [self._constant(f"{name}_{end}", np.array(code, storage.dtype)) for end, code in (("qmin", low), ("qmax", high))]
-            nodes.append(helper.make_node("Clip", [codes, *limits], [f"{name}_clipped"], f"{name}_Clip"))
-            codes = f"{name}_clipped"
-        nodes.append(helper.make_node("DequantizeLinear", [codes, *parameters], [f"{name}_dequantized"], f"{name}_DequantizeLinear"))
+        clips = (low, high) != (storage.low, storage.high) and grid.tied_to is None
+        on_integers = self._scheme.saturation == "integer"
+        limits: list[str] = []
+        if clips:
+            ends = np.array([low, high], storage.dtype) if on_integers else dequantize(np.array([low, high]), grid)
+            limits = [self._constant(f"{name}_{key}", end) for key, end in zip(("qmin", "qmax"), ends, strict=True)]
+        quantized, clipped = f"{name}_quantized", f"{name}_clipped"
+        nodes = []
+        if clips and not on_integers:
+            nodes.append(helper.make_node("Clip", [origin, *limits], [clipped], f"{name}_Clip"))
+            origin = clipped
+        nodes.append(helper.make_node("QuantizeLinear", [origin, *parameters], [quantized], f"{name}_QuantizeLinear"))
+        if clips and on_integers:
+            nodes.append(helper.make_node("Clip", [quantized, *limits], [clipped], f"{name}_Clip"))
+            quantized = clipped
+        nodes.append(helper.make_node("DequantizeLinear", [quantized, *parameters], [self._dequantized(name)], f"{name}_DequantizeLinear"))
         return nodes
+
+    def _dequantized(self, name: str) -> str:
+        return name if name in self._quantized_outputs else f"{name}_dequantized"
 
     def _constant_pair(self, name: str, grid: TensorQuant) -> onnx.NodeProto:
         assert grid.codes is not None
@@ -169,8 +195,8 @@ class _Editor:
             self._constant(f"{name}_zero_point", np.asarray(grid.zero_point).astype(storage.dtype)),
         ]
 
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        self._new_constants.append(numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else array, name))
+    def _constant(self, name: str, array: np.ndarray | np.generic) -> str:
+        self._new_constants.append(numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else np.asarray(array), name))
         return name
 
     def _replace_initializers(self) -> None:

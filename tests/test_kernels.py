@@ -53,8 +53,8 @@ def test_a_wrong_kernel_is_found_and_named(tmp_path: Path, monkeypatch: pytest.M
     layer = next(node for node in model.graph.node if node.op_type == "Conv")
     cut = kernels._cut
 
-    def broken(model: onnx.ModelProto, codes: dict[str, np.ndarray]) -> onnx.ModelProto:
-        changed = cut(model, codes)
+    def broken(model: onnx.ModelProto, codes: dict[str, np.ndarray], outputs: list[str]) -> onnx.ModelProto:
+        changed = cut(model, codes, outputs)
         weight = next(t for t in changed.graph.initializer if t.name == f"{layer.input[1]}_quantized")
         weight.CopyFrom(numpy_helper.from_array(-numpy_helper.to_array(weight), weight.name))
         return changed

@@ -125,6 +125,20 @@ def tiny_resnet(seed: int = 0, batch: int | str = "N", opset: int = 17) -> onnx.
     return b.model(b.head(x, 12))
 
 
+def every_rule(opset: int = 17) -> onnx.ModelProto:
+    """What the targets treat differently: a residual sum, a gate with a known range, a Concat read twice, pooling, MatMul and Gemm."""
+    b = Builder({"x": ["N", 3, 8, 8]}, opset=opset)
+    x = b.conv("x", 3, 8, act="relu")
+    x = b.op("Relu", b.op("Add", b.conv(x, 8, 8), x, name="sum"), name="block")
+    y = b.conv(x, 8, 8, stride=2)
+    y = b.op("Mul", y, b.op("Sigmoid", y, name="gate"), name="swish")
+    pooled = b.op("AveragePool", x, name="pooled", kernel_shape=[2, 2], strides=[2, 2])
+    z = b.conv(b.op("Concat", y, pooled, name="joined", axis=1), 16, 12, 1, act="relu6")
+    z = b.op("Flatten", b.op("GlobalAveragePool", z))
+    z = b.op("Relu", b.op("MatMul", z, b.weight("matmul_w", (12, 16), 12)))
+    return b.model(b.linear(z, 16, 10))
+
+
 def images(count: int = 32, shape: Sequence[int] = (3, 8, 8), seed: int = 1, name: str = "x") -> Samples:
     """Smooth random images: neighbouring pixels are correlated, as in real ones."""
     rng = np.random.default_rng(seed)

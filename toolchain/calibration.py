@@ -65,7 +65,11 @@ class Histogram:
 
 
 def calibrate_activation(histogram: Histogram, spec: QuantSpec, method: str, percentile: float) -> TensorQuant:
-    """The grid of an activation from its histogram."""
+    """The grid of an activation from its histogram; one whose range is known needs none, and gets a power of two for its scale."""
+    if spec.span is not None:
+        low, high = spec.span
+        scale = np.float32((high - low) / (1 << spec.bits))
+        return TensorQuant(spec, scale, np.int32(spec.qmin - round(low / float(scale))), fixed=True)
     low, high = histogram.low, histogram.high
     if method == "percentile":
         low, high = histogram.percentile(percentile)
@@ -114,17 +118,19 @@ def fit_bias(weight: TensorQuant, bias: np.ndarray, input_scale: np.ndarray | np
     A channel of (almost) zero weights has a tiny scale, in which its bias is astronomically many steps.
     """
     floor = np.abs(bias.reshape(-1)) / (float(input_scale) * _MAX_BIAS_CODE)
+    if weight.spec.axis is None:
+        floor = floor.max(initial=0.0)
     scale = np.maximum(weight.scale, np.maximum(floor, _SMALLEST_SCALE)).astype(np.float32)
     return TensorQuant(weight.spec, scale, weight.zero_point, weight.codes)
 
 
 def calibrate_bias(bias: np.ndarray, weight: TensorQuant, input_scale: np.ndarray | np.float32, bits: int) -> TensorQuant:
-    """int32 codes of a bias with scale s_x * s_w [C] and zero point 0, as integer kernels add it to their accumulators."""
-    scale = np.broadcast_to(input_scale.astype(np.float32) * weight.scale.astype(np.float32), bias.reshape(-1).shape).astype(np.float32)
+    """int32 codes of a bias with scale s_x * s_w ([C], or one) and zero point 0, as integer kernels add it to their accumulators."""
+    scale = np.asarray(input_scale.astype(np.float32) * weight.scale.astype(np.float32))
     limit = (1 << (bits - 1)) - 1
     codes = np.clip(np.rint(bias.reshape(-1).astype(np.float32) / scale).astype(np.float64), -limit, limit).astype(np.int32)
-    spec = QuantSpec(bits, signed=True, symmetric=True, axis=bias.ndim - 1, narrow=True)
-    return TensorQuant(spec, scale, np.zeros(len(scale), np.int32), codes.reshape(bias.shape))
+    spec = QuantSpec(bits, signed=True, symmetric=True, axis=bias.ndim - 1 if scale.ndim else None, narrow=True)
+    return TensorQuant(spec, scale, np.zeros(scale.shape, np.int32), codes.reshape(bias.shape))
 
 
 def _mse_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:

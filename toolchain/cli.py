@@ -33,6 +33,7 @@ _PARITY_AGREEMENT = 99.0  # percent of predictions
 _PARITY_SQNR = 20.0  # dB, where there are no classes
 _PARITY_MARGIN = 4.0  # dB
 _PARITY_STEPS = 2.0  # rounding explains one step
+_EXACTNESS_SAMPLES = 4  # every value of the network is held for them
 _SECTIONS = {
     "precision": "Precision",
     "method": "Method",
@@ -167,6 +168,7 @@ def _quantize(
 
     from . import pipeline, report, runtime
     from .cpu import keep_freed_memory
+    from .kernels import check_simulation
     from .plan import make_plan
     from .source import load_source
     from .validation import validate
@@ -193,16 +195,19 @@ def _quantize(
         "version": __version__,
         "source_sha256": source.sha256,
         "precision": f"w{config.weight_bits}a{config.activation_bits}",
+        "target": config.target,
         "config": dump_config(config, dataclasses.replace(data, calibration_data=None, eval_data=None, labels=None)),
     }
-    exported = export_qdq(source.model, quantized.table, metadata)
+    exported = export_qdq(source.model, quantized.table, metadata, config.scheme)
     try:
         runtime.session(exported)
     except MrecgError as error:
         raise ExportError(f"the exported model does not load: {error}") from error
     write_model(exported, output)
     simulated = pipeline.simulate(source, quantized.table, evaluation, torch.device(device))
-    checked = validate(onnx.load(model), output, evaluation, model.stat().st_size, config.device, simulated)
+    few = pipeline.few_samples(source, evaluation, _EXACTNESS_SAMPLES)
+    exactness = check_simulation(exported, quantized.table, pipeline.simulated_values(source, quantized.table, few), few.inputs)
+    checked = validate(onnx.load(model), output, evaluation, model.stat().st_size, config.device, simulated, exactness)
     evaluated_on = data.eval_data or "the calibration samples"
     facts = report.run_report(source, output, config, data, quantized, checked, evaluated_on, time.perf_counter() - started)
     place = report.write_report(facts, report_folder)
@@ -334,6 +339,12 @@ def _check_parity(checked: "ValidationReport") -> None:
             f"{arithmetic.worst}: on this machine ONNX Runtime's kernel is {arithmetic.steps:.0f} steps off what the file says "
             f"({arithmetic.share:.2g} % of all codes differ); the model was written. Products of 8-bit weights and 8-bit activations "
             "saturate on x86 CPUs without VNNI instructions: --reduce-range avoids that"
+        )
+    exactness = checked.simulated_arithmetic
+    if exactness is not None and exactness.steps >= _PARITY_STEPS:
+        raise ExportError(
+            f"{exactness.worst}: the written file is {exactness.steps:.0f} steps off the simulation there ({exactness.share:.2g} % of all "
+            "codes differ): it is not the model that was learned. This is a defect of the exporter, please report it"
         )
     found, error = checked.simulation, min(checked.sqnr.values())
     if found is None or found.sqnr >= error - _PARITY_MARGIN:

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import tomli_w
 
 from .errors import UsageError, near_misses
-from .scheme import ORT_CPU_ELEMENTWISE, Precision, Scheme
+from .scheme import TARGETS, Precision, Scheme, scheme_for
 
 RANGES = ("minmax", "percentile", "mse")
 ALGORITHMS = ("minmax", "mse", "adaround", "brecq", "qdrop")
@@ -67,13 +67,22 @@ class Config:
     elementwise_bits: int = option(
         8, "Bits of activations that only element-wise operators read (addends).", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16)
     )
-    reduce_range: bool = option(
-        True,
-        "Weights of 7 bits where weights and activations would both have 8: exact on x86 CPUs without VNNI too, which saturate otherwise.",
+    reduce_range: bool | None = option(
+        None,
+        "Weights of 7 bits where weights and activations would both have 8: exact on x86 CPUs without VNNI too, which saturate otherwise. "
+        "Default: the target's.",
         "precision",
     )
-    weight_scheme: str = option("symmetric", "Grid of weights.", "precision", choices=("symmetric", "asymmetric"))
-    activation_scheme: str = option("asymmetric", "Grid of activations.", "precision", choices=("symmetric", "asymmetric"))
+    target: str = option(
+        "ort-cpu",
+        "Runtime that the model is made for: decides what is quantized and how, while learning too.",
+        "precision",
+        choices=tuple(TARGETS),
+    )
+    weight_scheme: str | None = option(None, "Grid of weights. Default: the target's.", "precision", choices=("symmetric", "asymmetric"))
+    activation_scheme: str | None = option(
+        None, "Grid of activations. Default: the target's.", "precision", choices=("symmetric", "asymmetric")
+    )
     keep_float: tuple[str, ...] = option(
         (), "Keep nodes float: node name, operator type, or regular expression of node names. Repeatable.", "precision"
     )
@@ -139,12 +148,13 @@ class Config:
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme("ort-cpu", self.weight_scheme == "symmetric", self.activation_scheme == "symmetric", ORT_CPU_ELEMENTWISE)
+        return scheme_for(self.target, self.weight_scheme, self.activation_scheme)
 
     @property
     def precision(self) -> Precision:
         first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
-        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, self.reduce_range)
+        reduce_range = self.scheme.reduce_range if self.reduce_range is None else self.reduce_range
+        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range)
 
     @property
     def learns(self) -> bool:

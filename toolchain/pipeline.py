@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from . import partition, runtime
-from .activations import TorchModel, run_piece
+from .activations import TorchModel, quantizing, run_piece
 from .calibration import Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
 from .errors import UnsupportedModelError, UsageError, near_misses
@@ -193,6 +193,7 @@ def calibrate(
         name: calibrate_activation(histograms[name], spec, activation_range, config.percentile)
         for name, spec in placement.activations.items()
     }
+    table |= shared_grids(placement, histograms, activation_range, config.percentile)
     for name, origin in placement.tied.items():
         table[name] = replace(table[origin], tied_to=origin)
     for name, spec in placement.weights.items():
@@ -202,6 +203,15 @@ def calibrate(
     for name in placement.weights:
         table[name] = replace(table[name], codes=encode(model.source.constants[name], table[name]))
     return QuantTable(table)
+
+
+def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], method: str, percentile: float) -> dict[str, TensorQuant]:
+    """One grid for all values that share one, from all that was seen of them."""
+    seen: dict[str, Histogram] = {}
+    for name, leader in placement.shared.items():
+        seen[leader] = seen[leader].merged(histograms[name]) if leader in seen else histograms[name]
+    grids = {name: calibrate_activation(found, placement.activations[name], method, percentile) for name, found in seen.items()}
+    return {name: replace(grids[leader], fixed=True) for name, leader in placement.shared.items()}
 
 
 def reconstruct(
@@ -248,6 +258,30 @@ def simulate(source: SourceModel, table: QuantTable, samples: Samples, device: t
     for piece in model.pieces:
         stream.advance(model.run(piece, stream, table))
     return {name: tensor.cpu().numpy() for name, tensor in stream.of(source.graph.outputs).items()}
+
+
+@_full_float32
+def simulated_values(source: SourceModel, table: QuantTable, samples: Samples) -> dict[str, np.ndarray]:
+    """Every value of the quantized model in torch on the CPU, graph inputs included, by name [N, ...]; all are held, so for few samples."""
+    types = infer_types(source, samples.shapes)
+    model = TorchModel.of(source, types, partition.partition(source.graph, types.batched), torch.device("cpu"))
+    stream = model.stream(samples.inputs, table)
+    values = {name: [tensor.numpy().copy()] for name, tensor in stream.of(source.graph.inputs).items()}
+
+    def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        found = quantizing(table)(name, tensor)
+        values.setdefault(name, []).append(found.numpy().copy())
+        return found
+
+    for piece in model.pieces:
+        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece, table), observe))
+    return {name: np.concatenate(chunks) for name, chunks in values.items() if chunks[0].ndim}
+
+
+def few_samples(source: SourceModel, samples: Samples, count: int) -> Samples:
+    """The first samples: `count` of them, or as many as the model's fixed batch, going round where there are fewer."""
+    fixed = next((spec.shape[0] for spec in source.inputs if spec.shape and isinstance(spec.shape[0], int)), None)
+    return samples.taken(np.arange(fixed or min(count, samples.count)) % samples.count)
 
 
 def with_biases(source: SourceModel, placement: Placement, block: Block, table: QuantTable) -> QuantTable:

@@ -1,14 +1,16 @@
 """Which values of a model carry a quantizer, and of how many bits: the rules of a target applied to a graph.
 
-The rules are written for kernels that compute on integers:
+Learning and export both read the placement and nothing else. Common to all targets:
 
 * a weighted operator (Conv, ConvTranspose, Gemm, MatMul) reads an *operand*: its activation input has `activation_bits`, its weight
   `weight_bits`. One quantizer belongs to the value, so every reader, an identity shortcut included, sees the quantized tensor;
-* a value that only element-wise integer operators read (the addends of a residual sum) has `elementwise_bits`: 8 by default, which costs
-  nothing on hardware whose smallest integer kernels are 8 bits wide, where the papers leave these values in float;
-* the quantizer of a convolution's result sits behind its activation (Relu, Clip), which the grid's saturation absorbs;
+* a result is quantized behind its activation (Relu, Clip), never between the two;
 * data movement (MaxPool, Reshape, ...) keeps the grid of what it moves;
-* the first and last weighted layers, and what they read, have `first_last_bits`; graph outputs stay float.
+* the first and last weighted layers, and what they read, have `first_last_bits`.
+
+What a `Scheme` decides: which element-wise operators run on integers, and so have quantized inputs (of `elementwise_bits`: 8 by default,
+which costs nothing where the smallest integer kernels are 8 bits wide); whether both inputs of an Add or the shortcut only; whether results
+that nothing on integers reads are quantized; whether a Concat has one grid; and the kind of each grid.
 """
 
 import re
@@ -21,7 +23,7 @@ from onnx import TensorProto
 from .errors import UsageError, near_misses
 from .graph import WEIGHT_INPUT, Graph, Node
 from .quant_table import QuantSpec, activation_spec, weight_spec
-from .scheme import Precision, Scheme
+from .scheme import KNOWN_RANGES, Precision, Scheme
 from .source import SourceModel, ValueTypes
 
 DATA_MOVEMENT = frozenset(
@@ -64,10 +66,15 @@ class Bias:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where quantizers go. `activations` and `weights`: value name -> spec; `tied`: value -> the value whose grid it repeats."""
+    """Where quantizers go.
+
+    `activations` and `weights`: value name -> spec; `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value
+    -> the value with which it has one grid, though each has a quantizer of its own.
+    """
 
     activations: Mapping[str, QuantSpec]
     tied: Mapping[str, str]
+    shared: Mapping[str, str]
     weights: Mapping[str, QuantSpec]
     biases: Mapping[str, Bias]
     floats: tuple[FloatRow, ...]
@@ -80,21 +87,22 @@ def place(source: SourceModel, types: ValueTypes, scheme: Scheme, precision: Pre
     graph = source.graph
     first, last = edges(graph)
     weights, floats = _weight_specs(source, types, scheme, precision, keep_float, first | last)
-    flow = _Flow(source, frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT), keep_float)
-    integer = _integer_nodes(flow, scheme, {node.name for node in graph.weighted} - {row.node for row in floats})
+    flow = _Flow(source, frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT), keep_float, scheme)
+    integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     activations: dict[str, QuantSpec] = {}
     tied: dict[str, str] = {}
     for value in dict.fromkeys([*graph.inputs, *(value for node in graph.nodes for value in node.outputs if value)]):
         origin = flow.source(value)
         if origin != value:
-            if origin in activations and flow.integer_readers(value, integer):
+            if origin in activations and (flow.integer_readers(value, integer) or flow.is_quantized_output(value)):
                 tied[value] = origin
             continue
         bits = _activation_bits(flow, value, integer, precision, first | last)
         if bits is not None:
-            activations[value] = activation_spec(bits, scheme.activation_symmetric)
-    biases, float_biases = _biases(source, integer, {*activations, *tied})
-    return Placement(activations, tied, weights, biases, (*floats, *float_biases), first, last)
+            activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
+    shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
+    biases, float_biases = _biases(source, integer, {*activations, *tied}) if scheme.integer_bias else ({}, [])
+    return Placement(activations, tied, shared, weights, biases, (*floats, *float_biases), first, last)
 
 
 def _weight_specs(
@@ -113,24 +121,33 @@ def _weight_specs(
         if reason is not None:
             floats.append(FloatRow(node.name, node.op_type, reason))
         elif weight is not None:
-            spec = weight_spec(precision.weight(node.name in edge_nodes), channel_axis(source, node), scheme.weight_symmetric)
+            axis = channel_axis(source, node) if node.op_type in scheme.per_channel else None
+            spec = weight_spec(precision.weight(node.name in edge_nodes), axis, scheme.weight_symmetric)
             weights[weight] = _tied_weight_spec(weights.get(weight), spec)
     return weights, floats
 
 
-def _integer_nodes(flow: "_Flow", scheme: Scheme, weighted: AbstractSet[str]) -> frozenset[str]:
+def _integer_nodes(flow: "_Flow", weighted: AbstractSet[str]) -> frozenset[str]:
     """The nodes that run on integers: quantized layers, products of two activations, and element-wise operators that lead to those.
 
-    Readers come after producers, so walking backwards knows of each reader already.
+    Readers come after producers, so walking backwards knows of each reader already. A target whose whole graph is on integers takes every
+    operator that reads floats only.
     """
     integer = set(weighted)
     for node in reversed(flow.graph.nodes):
         data = flow.graph.data_inputs(node)
-        has_constant = len(data) < len([value for value in node.inputs if value])
-        if node.name in integer or node.name in flow.keep_float or not node.is_standard or has_constant:
+        if node.name in integer or node.name in flow.keep_float or not node.is_standard or not data:
             continue
-        leads_on = node.op_type in scheme.elementwise and flow.integer_readers(_result(flow.graph, node), integer)
-        if (node.op_type == "MatMul" or leads_on) and set(data) <= flow.quantizable:
+        if not {*data, node.outputs[0]} <= flow.quantizable:
+            continue
+        if flow.graph.weight(node) is not None or node.op_type in FUSED_ACTIVATIONS or flow.moves(node):
+            continue
+        if flow.scheme.results == "all":
+            integer.add(node.name)
+            continue
+        has_constant = len(data) < len([value for value in node.inputs if value])
+        leads_on = node.op_type in flow.scheme.elementwise and flow.integer_readers(_result(flow.graph, node), integer)
+        if not has_constant and (node.op_type == "MatMul" or leads_on):
             integer.add(node.name)
     return frozenset(integer)
 
@@ -145,9 +162,51 @@ def _activation_bits(
     operands = [node for node in readers if node.op_type in WEIGHT_INPUT]
     if operands:
         return min(precision.operand(node.name in edge_nodes) for node in operands)
-    if readers or (_is_conv_result(flow.graph, value, integer) and value not in flow.graph.outputs):
+    if readers or _is_quantized_result(flow, value, integer):
         return precision.elementwise
     return None
+
+
+def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float] | None:
+    """The range of a Sigmoid or Softmax, which no sample has to tell; a signed grid would waste half of it."""
+    node = graph.producer.get(value)
+    if node is None or not node.is_standard or scheme.activation_symmetric:
+        return None
+    return KNOWN_RANGES.get(node.op_type)
+
+
+def _share_concatenated(
+    flow: "_Flow", integer: AbstractSet[str], activations: dict[str, QuantSpec], tied: dict[str, str]
+) -> dict[str, str]:
+    """Give the inputs of each integer Concat one grid, the widest of theirs, and let its output repeat it; returns member -> leader.
+
+    Changes both mappings in place. Inputs that two Concats read join their groups.
+    """
+    leader: dict[str, str] = {}
+
+    def find(value: str) -> str:
+        while leader.get(value, value) != value:
+            value = leader[value]
+        return value
+
+    for node in flow.graph.nodes:
+        if node.op_type != "Concat" or node.name not in integer:
+            continue
+        origins = [tied.get(origin, origin) for origin in map(flow.source, flow.graph.data_inputs(node))]
+        if not all(origin in activations for origin in origins):
+            continue
+        roots = list(dict.fromkeys(map(find, origins)))
+        leader |= dict.fromkeys(roots, roots[0])
+        output = node.outputs[0]
+        known = [activations[root] for root in roots] + [spec for spec in [activations.pop(output, None)] if spec is not None]
+        bits = max(spec.bits for spec in known)
+        activations[roots[0]] = activation_spec(bits, flow.scheme.activation_symmetric)
+        tied |= {value: roots[0] for value, origin in tied.items() if origin == output} | {output: roots[0]}
+    groups = {value: find(value) for value in leader}
+    for value, root in groups.items():
+        activations[value] = activations[root]
+    tied |= {value: find(origin) for value, origin in tied.items()}
+    return groups
 
 
 def _biases(source: SourceModel, integer: AbstractSet[str], quantized: AbstractSet[str]) -> tuple[dict[str, Bias], list[FloatRow]]:
@@ -278,12 +337,20 @@ def _result(graph: Graph, node: Node) -> str:
     return value
 
 
-def _is_conv_result(graph: Graph, value: str, integer: AbstractSet[str]) -> bool:
-    """Convolutions only run on integers when their result is quantized; matrix products may leave floats behind."""
-    node = graph.producer.get(value)
-    if node is not None and node.op_type in FUSED_ACTIVATIONS:
-        node = graph.producer.get(node.inputs[0])
-    return node is not None and node.op_type == "Conv" and node.name in integer and _result(graph, node) == value
+def _is_quantized_result(flow: "_Flow", value: str, integer: AbstractSet[str]) -> bool:
+    """Whether a target quantizes a result that nothing on integers reads.
+
+    Integer convolutions need it: they only run on integers when their result is quantized; matrix products may leave floats behind.
+    """
+    node = flow.graph.producer.get(value)
+    if node is None:
+        return flow.scheme.results == "all"
+    if node.op_type in FUSED_ACTIVATIONS and (origin := flow.graph.producer.get(node.inputs[0])) is not None:
+        node = origin if _result(flow.graph, origin) == value else node
+    if flow.scheme.results == "all":
+        return (node.name in integer or node.op_type in FUSED_ACTIVATIONS) and _result(flow.graph, node) == value
+    fuses = flow.scheme.results == "convolutions" and node.op_type == "Conv" and node.name in integer
+    return fuses and _result(flow.graph, node) == value and value not in flow.graph.outputs
 
 
 @dataclass(frozen=True)
@@ -293,6 +360,7 @@ class _Flow:
     model: SourceModel
     quantizable: AbstractSet[str]
     keep_float: AbstractSet[str]
+    scheme: Scheme
 
     @property
     def graph(self) -> Graph:
@@ -332,6 +400,20 @@ class _Flow:
                 found += self.integer_readers(node.outputs[0], integer)
         return found
 
+    def is_quantized_output(self, value: str) -> bool:
+        return value in self.graph.outputs and self.scheme.results == "all"
+
     def _quantized_inputs(self, node: Node) -> tuple[str, ...]:
         """Of a weighted node only the activation (input 0) is an operand: a computed bias stays float."""
-        return node.inputs[:1] if self.graph.weight(node) is not None else node.inputs
+        if self.graph.weight(node) is not None:
+            return node.inputs[:1]
+        if node.op_type == "Add" and self.scheme.shortcut_only:
+            fused = [value for value in node.inputs if self._is_only_read_by(value, node)]
+            return tuple(value for value in node.inputs if value not in fused[-1:])
+        return node.inputs
+
+    def _is_only_read_by(self, value: str, node: Node) -> bool:
+        """Whether a convolution's result goes to this node alone, so that a runtime can compute the node in the convolution."""
+        producer = self.graph.producer.get(value)
+        made = producer is not None and producer.op_type == "Conv" and self.graph.weight(producer) is not None
+        return made and self.graph.readers_of(value) == (node,) and value not in self.graph.outputs

@@ -18,7 +18,8 @@ class QuantSpec:
     """What kind of grid a value gets, before any range is known.
 
     `axis` is the channel axis for per-channel grids (None: one grid for the tensor). `narrow` leaves out the lowest code (-127..127), which
-    keeps 8-bit symmetric weights free of the asymmetric extra code, as runtimes expect.
+    keeps 8-bit symmetric weights free of the asymmetric extra code, as runtimes expect. `span` is the range where it is known without
+    samples (a Sigmoid's 0 to 1).
     """
 
     bits: int
@@ -26,6 +27,7 @@ class QuantSpec:
     symmetric: bool
     axis: int | None = None
     narrow: bool = False
+    span: tuple[float, float] | None = None
 
     @property
     def qmin(self) -> int:
@@ -36,14 +38,17 @@ class QuantSpec:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
 
-def weight_spec(bits: int, axis: int, symmetric: bool) -> QuantSpec:
-    """Signed per-channel grid; 8-bit symmetric weights use -127..127, fewer bits use every code (one of 16 is worth having)."""
+def weight_spec(bits: int, axis: int | None, symmetric: bool) -> QuantSpec:
+    """Signed grid, per channel where there is an axis.
+
+    8-bit symmetric weights use -127..127, fewer bits use every code (one of 16 is worth having).
+    """
     return QuantSpec(bits, signed=True, symmetric=symmetric, axis=axis, narrow=symmetric and bits == 8)
 
 
-def activation_spec(bits: int, symmetric: bool) -> QuantSpec:
+def activation_spec(bits: int, symmetric: bool, span: tuple[float, float] | None = None) -> QuantSpec:
     """Per-tensor grid: unsigned with a zero point, or signed around zero."""
-    return QuantSpec(bits, signed=symmetric, symmetric=symmetric)
+    return QuantSpec(bits, signed=symmetric, symmetric=symmetric, span=span)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ class TensorQuant:
     """The grid of one value: `scale` and `zero_point` are scalars, or arrays [C] along `spec.axis`.
 
     `codes` holds the integers of a constant (weights, biases) in the value's own ONNX layout; activations have none. `tied_to` names the
-    value whose grid this one repeats: data movement (MaxPool, Reshape, ...) leaves the grid as it is.
+    value whose grid this one repeats: data movement (MaxPool, Reshape, ...) leaves the grid as it is. `fixed` grids are not learned: their
+    range is known, or shared with other values.
     """
 
     spec: QuantSpec
@@ -59,6 +65,7 @@ class TensorQuant:
     zero_point: np.ndarray | np.int32
     codes: np.ndarray | None = None
     tied_to: str | None = None
+    fixed: bool = False
 
     def dequantized(self) -> np.ndarray:
         """Return the constant that the codes stand for, float32 in the value's layout."""

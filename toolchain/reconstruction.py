@@ -158,12 +158,13 @@ def _learn(
     constants = {name: laid_out(torch.tensor(floats[name])).to(device) for name in piece.weights}
     made = [value for node in piece.block.nodes for value in node.outputs]
     grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
-    learns_steps = settings.activation_lr > 0 and bool(grids)
+    learns_steps = settings.activation_lr > 0 and not all(grid.fixed for grid in grids.values())
     # A step is learned as a factor of the calibrated one, so that its rate means the same for every activation and bit width.
-    factors = {name: torch.ones((), device=device, requires_grad=learns_steps) for name in grids}
+    factors = {name: torch.ones((), device=device, requires_grad=learns_steps and not grid.fixed) for name, grid in grids.items()}
     calibrated = {name: torch.tensor(float(grid.scale), device=device) for name, grid in grids.items()}
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
-    step_optimizer = torch.optim.Adam(list(factors.values()), lr=settings.activation_lr, fused=True) if learns_steps else None
+    moving = [factor for factor in factors.values() if factor.requires_grad]
+    step_optimizer = torch.optim.Adam(moving, lr=settings.activation_lr, fused=True) if learns_steps else None
     mixes = settings.keep_probability < 1.0
 
     def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -192,7 +193,7 @@ def _learn(
             step_optimizer.step()
             step_optimizer.zero_grad(set_to_none=True)
             with torch.no_grad():
-                for factor in factors.values():
+                for factor in moving:
                     factor.clamp_(min=_SMALLEST_FACTOR)
         if iteration % every == 0 or iteration == settings.iterations - 1:
             value = loss.item()

@@ -44,6 +44,7 @@ def run_report(
             "config": resolved(config, data),
             "conventions": {
                 "target": config.scheme.convention,
+                "target_reasons": config.scheme.why,
                 "precision": config.precision.convention,
                 "first_layers": sorted(quantized.placement.first),
                 "last_layers": sorted(quantized.placement.last),
@@ -208,6 +209,7 @@ def quantize_summary(report: dict[str, Any]) -> Group:
     share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
     facts = [
         ("weights on integer grids", f"{share:.1f} % of {cover['weights']:,} ({cover['layers_quantized']} of {cover['layers']} layers)"),
+        ("target", report["conventions"]["target"]),
         ("convention", report["conventions"]["precision"]),
     ]
     if report["units"]:
@@ -281,6 +283,9 @@ def validation_table(v: dict[str, Any]) -> Table:
     table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
     arithmetic = v["integer_arithmetic"]
     table.add_row("each kernel = float", "", f"within {arithmetic['steps']:.0f} step", f"{arithmetic['share']:.2g} % of codes differ")
+    if v["simulated_arithmetic"] is not None:
+        s = v["simulated_arithmetic"]
+        table.add_row("file = simulation", "", f"within {s['steps']:.0f} step", f"{s['values']} values, {s['share']:.2g} % of codes differ")
     if v["simulation"] is not None:
         s = v["simulation"]
         agrees = f"{s['agreement']:.2f} %" if s["agreement"] is not None else f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact"

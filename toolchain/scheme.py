@@ -1,28 +1,168 @@
-"""The rules of a target as data: kinds of grids, bit widths, operators that run on integers. `placement.py` applies them to a graph."""
+"""The rules of a target as data: kinds of grids, operators that run on integers, how codes travel. `placement.py` applies them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+# Results whose range is known before any sample: (lowest, highest) with highest just off the grid, so that the scale is a power of two.
+KNOWN_RANGES: Mapping[str, tuple[float, float]] = {
+    "Sigmoid": (0.0, 1.0),
+    "HardSigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a target wants: kinds of grids, and the operators besides the weighted ones that it runs on integers."""
+    """What a runtime executes best: learning and export both follow it.
+
+    Attributes:
+        name: of the target.
+        why: its rules and their reasons, in words.
+        weight_symmetric: weights around zero (no zero point).
+        activation_symmetric: activations signed and around zero, else unsigned with a zero point.
+        per_channel: operators whose weights have a scale for each output channel; the others have one for the tensor.
+        elementwise: operators besides the weighted ones that run on integers where a quantized operator reads them.
+        shortcut_only: of an Add's two inputs, one that comes straight from a convolution stays float, so that the runtime adds inside it.
+        results: which results are quantized even though nothing on integers reads them: those of `convolutions`, `all`, or `none`.
+        shared_concat: all inputs of a Concat and its output have one grid.
+        integer_bias: biases are int32 with scale s_x * s_w, else float.
+        saturation: a grid narrower than its integer type is held by a Clip on the `integer`s behind QuantizeLinear, into which Relu and
+            Clip are folded, or on the `float`s in front of it.
+        storage: `fast` (8-bit integers) or `small` (packed) where the user says nothing.
+        reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
+    """
 
     name: str
-    weight_symmetric: bool
-    activation_symmetric: bool
-    elementwise: frozenset[str]
+    why: str
+    weight_symmetric: bool = True
+    activation_symmetric: bool = False
+    per_channel: frozenset[str] = WEIGHTED
+    elementwise: frozenset[str] = frozenset()
+    shortcut_only: bool = False
+    results: str = "none"
+    shared_concat: bool = False
+    integer_bias: bool = False
+    saturation: str = "float"
+    storage: str = "fast"
+    reduce_range: bool = False
 
     @property
     def convention(self) -> str:
-        return (
-            f"{self.name}: {'symmetric' if self.weight_symmetric else 'asymmetric'} per-channel weights, "
-            f"{'symmetric' if self.activation_symmetric else 'asymmetric'} per-tensor activations behind their Relu/Clip, addends "
-            "quantized, int32 biases, float graph outputs"
+        """The rules in one sentence, and which of them were set by hand."""
+        text = (
+            f"{self.name}: {_kind(self.weight_symmetric)} weights, {_channels(self.per_channel)}; {_kind(self.activation_symmetric)} "
+            f"per-tensor activations behind their Relu/Clip; {self._addends}; {'int32' if self.integer_bias else 'float'} biases; "
+            f"{'quantized' if self.results == 'all' else 'float'} graph outputs"
         )
+        preset = TARGETS.get(self.name)
+        asked = [
+            f"{what} {_kind(own)} as asked (the target: {_kind(theirs)})"
+            for what, own, theirs in (
+                ("weights", self.weight_symmetric, preset.weight_symmetric if preset else self.weight_symmetric),
+                ("activations", self.activation_symmetric, preset.activation_symmetric if preset else self.activation_symmetric),
+            )
+            if own != theirs
+        ]
+        return "; ".join([text, *asked])
+
+    @property
+    def _addends(self) -> str:
+        if "Add" not in self.elementwise:
+            return "addends float"
+        return "the shortcut addend quantized, a convolution's float" if self.shortcut_only else "both addends quantized"
+
+    def differences(self, other: "Scheme") -> tuple[str, ...]:
+        """What another scheme does differently, as `rule: own -> other`."""
+        names = ("weight_symmetric", "activation_symmetric", "shortcut_only", "results", "shared_concat", "integer_bias", "reduce_range")
+        found = [
+            f"{name.replace('_', ' ')}: {getattr(self, name)} -> {getattr(other, name)}"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
+        for name in ("per_channel", "elementwise"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            if own != theirs:
+                found.append(f"{name.replace('_', ' ')}: {_changes(own, theirs)}")
+        return tuple(found)
 
 
-ORT_CPU_ELEMENTWISE = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Concat"})
-ORT_CPU = Scheme("ort-cpu", weight_symmetric=True, activation_symmetric=False, elementwise=ORT_CPU_ELEMENTWISE)
+_QLINEAR = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax", "Concat"})
+_POOLS = frozenset({"AveragePool", "GlobalAveragePool"})
+
+TARGETS: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "ort-cpu",
+            "QLinear kernels take int8 weights around zero per channel, uint8 activations with a zero point and int32 biases, and fuse "
+            "only where a convolution's result is quantized behind its activation; a Clip on the integers keeps them fused. CPUs without "
+            "VNNI saturate pairs of 8-bit products, hence 7-bit weights there.",
+            elementwise=_QLINEAR,
+            results="convolutions",
+            integer_bias=True,
+            saturation="integer",
+            reduce_range=True,
+        ),
+        Scheme(
+            "ort-cuda",
+            "ONNX Runtime's CUDA provider has no integer convolutions: weights are dequantized once and everything runs in float, so only "
+            "operands are quantized, biases stay float, and weights are packed. It saves file size, not time.",
+            storage="small",
+        ),
+        Scheme(
+            "tensorrt",
+            "The parser takes zero points of 0 only and no int32 DequantizeLinear, and reads uint8 as int8. Of a residual sum only the "
+            "shortcut is quantized, so that the convolution adds it in its epilogue. Grids below 8 bits travel in int8.",
+            activation_symmetric=True,
+            elementwise=_POOLS | {"Add"},
+            shortcut_only=True,
+        ),
+        Scheme(
+            "openvino",
+            "QuantizeLinear becomes FakeQuantize, which the low-precision passes turn into u8 activations and i8 weights around zero; they "
+            "want float biases, and a Clip between QuantizeLinear and DequantizeLinear would stop them.",
+            elementwise=_POOLS | {"Add", "Mul", "Concat"},
+            reduce_range=True,
+        ),
+        Scheme(
+            "qnn",
+            "The HTP runs fixed-point graphs: every activation is quantized, graph outputs too, Sigmoid, Softmax and Tanh with their known "
+            "ranges and Concat on one grid; weights are around zero, per channel for convolutions only; biases are int32.",
+            per_channel=frozenset({"Conv", "ConvTranspose"}),
+            elementwise=_QLINEAR,
+            results="all",
+            shared_concat=True,
+            integer_bias=True,
+        ),
+        Scheme(
+            "academic",
+            "What BRECQ, QDrop and MRECG report (MQBench's Academic backend): weights and activations with zero points, only what weighted "
+            "operators read is quantized, addends and biases stay float. For comparing with papers, not for deployment.",
+            weight_symmetric=False,
+        ),
+        Scheme(
+            "portable",
+            "The common ground of ONNX Runtime, TensorRT and OpenVINO: int8 around zero everywhere, float biases, no integer Clip, 8-bit "
+            "types of opset 13. A bit of every activation behind a Relu is lost.",
+            activation_symmetric=True,
+            elementwise=_POOLS | {"Add"},
+            reduce_range=True,
+        ),
+    )
+}
+ORT_CPU = TARGETS["ort-cpu"]
+
+
+def scheme_for(target: str, weight_scheme: str | None, activation_scheme: str | None) -> Scheme:
+    """A target's rules, with the kinds of grids that were asked for by hand."""
+    preset = TARGETS[target]
+    return replace(
+        preset,
+        weight_symmetric=preset.weight_symmetric if weight_scheme is None else weight_scheme == "symmetric",
+        activation_symmetric=preset.activation_symmetric if activation_scheme is None else activation_scheme == "symmetric",
+    )
 
 
 @dataclass(frozen=True)
@@ -60,3 +200,19 @@ class Precision:
             f"first and last weighted layers and what they read at {self.first_last_bits} bits, the first layer's output at "
             f"{self.activation_bits} (the QDrop / MQBench convention){ending}"
         )
+
+
+def _kind(symmetric: bool) -> str:
+    return "symmetric" if symmetric else "asymmetric"
+
+
+def _channels(operators: frozenset[str]) -> str:
+    return "per channel" if operators == WEIGHTED else f"per channel for {' and '.join(sorted(operators))}, else per tensor"
+
+
+def _changes(own: frozenset[str], theirs: frozenset[str]) -> str:
+    parts = [
+        f"without {', '.join(sorted(own - theirs))}" if own - theirs else "",
+        f"with {', '.join(sorted(theirs - own))}" if theirs - own else "",
+    ]
+    return " and ".join(part for part in parts if part)

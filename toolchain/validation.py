@@ -48,7 +48,8 @@ class ValidationReport:
     """What was measured, and on which provider and samples. Accuracies are in percent; None where there are no labels or no classes.
 
     `simulation` compares the deployed file with the torch simulation and `unfused` with its own unoptimised execution, through the whole
-    network; `integer_arithmetic` does so operator by operator.
+    network; `integer_arithmetic` does so operator by operator, and `simulated_arithmetic` compares the file as it is written with the
+    simulation on every value.
     """
 
     provider: str
@@ -62,6 +63,7 @@ class ValidationReport:
     simulation: Parity | None
     unfused: Parity
     integer_arithmetic: KernelCheck
+    simulated_arithmetic: KernelCheck | None
     top1_simulated: float | None
     float_bytes: int
     quantized_bytes: int
@@ -93,6 +95,7 @@ def validate(
     float_bytes: int,
     device: str = "auto",
     simulated: Mapping[str, np.ndarray] | None = None,
+    simulated_arithmetic: KernelCheck | None = None,
 ) -> ValidationReport:
     """Run the float and the quantized model over samples and compare.
 
@@ -103,6 +106,7 @@ def validate(
         float_bytes: size of the float file.
         device: `auto`, `cuda` or `cpu`.
         simulated: graph outputs of the torch simulation over the same samples.
+        simulated_arithmetic: how the file compares with the simulation value by value, where that was measured.
 
     Raises:
         DataError: labels that are no classes of the model.
@@ -137,6 +141,7 @@ def validate(
         simulation=parity(simulated, outputs, head) if simulated is not None else None,
         unfused=parity(unfused, outputs, head),
         integer_arithmetic=check_kernels(onnx.load(quantized), samples.inputs, provider),
+        simulated_arithmetic=simulated_arithmetic,
         top1_simulated=accuracy(simulated, 1),
         float_bytes=float_bytes,
         quantized_bytes=quantized.stat().st_size,
