@@ -251,7 +251,7 @@ def test_interruption_leaves_nothing_behind(place: Path, monkeypatch: pytest.Mon
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("toolchain.pipeline.reconstruct", interrupted)
+    monkeypatch.setattr("toolchain.pipeline.calibrate", interrupted)
     before = sorted(place.iterdir())
     result = quantize(place)
     assert result.exit_code == 130

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import click
@@ -20,13 +23,15 @@ from .errors import AccuracyGateError, ExportError, MrecgError, UsageError
 
 if TYPE_CHECKING:
     from .pipeline import Progress
+    from .run_folder import RunFolder
     from .samples import Samples
     from .source import SourceModel
     from .validation import ValidationReport
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or parity,
-6 accuracy drop above --max-drop (the model is written), 7 broken installation, 130 interrupted."""
+6 accuracy drop above --max-drop (the model is written), 7 broken installation, 8 run folder cannot be written (full disk),
+130 interrupted, 143 terminated."""
 # Codes on rounding ties flip, and a deep network amplifies that, at most until the two executions are as independent as two roundings: then
 # they differ by 3 dB more than either from the float model. What is beyond is an error.
 _PARITY_AGREEMENT = 99.0  # percent of predictions
@@ -110,6 +115,8 @@ def main() -> None:
 @click.option("--report", type=_PATH, metavar="DIR", help="Folder of report.json. Default: OUTPUT without .onnx, plus .report.")
 @click.option("--config", "config_file", type=_PATH, metavar="FILE", help="TOML file with these options by name; flags win over it.")
 @click.option("--save-config", type=_PATH, metavar="FILE", help="Write the resolved options as TOML.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run of the same output where it stopped, if there is one.")
+@click.option("--keep-run", is_flag=True, help="Keep the run folder (OUTPUT without .onnx, plus .run) after success.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, but do not quantize.")
 @click.option("-v", "--verbose", is_flag=True, help="Show units and tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -122,6 +129,8 @@ def quantize(
     report: Path | None,
     config_file: Path | None,
     save_config: Path | None,
+    resume: bool,
+    keep_run: bool,
     dry_run: bool,
     verbose: bool,
     quiet: bool,
@@ -138,27 +147,32 @@ def quantize(
         config, data = split(values | (parse_precision(precision) if precision else {}) | given)
         console = Console(quiet=quiet, highlight=False)
         output = output or model.with_name(f"{model.stem}.w{config.weight_bits}a{config.activation_bits}.onnx")
-        _check_output(model, output, overwrite)
+        run_path = output.with_name(f"{output.name.removesuffix('.onnx')}.run")
+        _check_output(model, output, overwrite or resume)
         if save_config is not None:
             _save_text(save_config, dump_config(config, data))
         if data.calibration_data is None:
             raise UsageError(
                 "--calibration-data is missing: samples of the model's real input are needed (npz, npy, image folder, module:function)"
             )
-        _quantize(
-            model,
-            output,
-            report or output.with_name(f"{output.name.removesuffix('.onnx')}.report"),
-            config,
-            data,
-            dry_run,
-            verbose,
-            console,
-        )
+        report = report or output.with_name(f"{output.name.removesuffix('.onnx')}.report")
+        with _interruptible(run_path):
+            _quantize(model, output, report, run_path, config, data, _Mode(overwrite, resume, keep_run, dry_run, verbose), console)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mode:
+    """How a run goes about its files, which leaves the result as it is."""
+
+    overwrite: bool
+    resume: bool
+    keep_run: bool
+    dry_run: bool
+    verbose: bool
 
 
 def _quantize(
-    model: Path, output: Path, report_folder: Path, config: Config, data: DataConfig, dry_run: bool, verbose: bool, console: Console
+    model: Path, output: Path, report_folder: Path, run_path: Path, config: Config, data: DataConfig, mode: _Mode, console: Console
 ) -> None:
     started = time.perf_counter()
     import onnx
@@ -166,7 +180,7 @@ def _quantize(
 
     from exporters import export_qdq, write_model
 
-    from . import pipeline, report, runtime
+    from . import pipeline, report, run_folder, runtime
     from .cpu import keep_freed_memory
     from .kernels import check_simulation
     from .plan import make_plan
@@ -184,13 +198,17 @@ def _quantize(
     if data.eval_data is not None:
         evaluation = _samples(data.eval_data, source, data, "--eval-data", data.eval_samples)
     rows = pipeline.survey(source, calibration, config)
-    if dry_run:
+    if mode.dry_run:
         plan = make_plan(source, rows, config)
         console.print(report.block_table(report.plan_report(plan)))
         console.print(f"[dim]{escape(plan.why)}; dry run, nothing was written[/dim]")
         return
+    environment = report.environment(str(device))
+    machine = f"{environment['gpu'] or environment['processor']}, {torch.get_num_threads()} threads"
+    fingerprint = run_folder.fingerprint(source, calibration, config, environment)
+    run = _open_run(run_path, output, fingerprint, machine, mode, console)
     with _progress(console) as progress:
-        quantized = pipeline.quantize(source, calibration, config, progress)
+        quantized = pipeline.quantize(source, calibration, config, progress, run)
     metadata = {
         "version": __version__,
         "source_sha256": source.sha256,
@@ -203,6 +221,7 @@ def _quantize(
         runtime.session(exported)
     except MrecgError as error:
         raise ExportError(f"the exported model does not load: {error}") from error
+    run.begin_export()
     write_model(exported, output)
     simulated = pipeline.simulate(source, quantized.table, evaluation, torch.device(device))
     few = pipeline.few_samples(source, evaluation, _EXACTNESS_SAMPLES)
@@ -211,7 +230,11 @@ def _quantize(
     evaluated_on = data.eval_data or "the calibration samples"
     facts = report.run_report(source, output, config, data, quantized, checked, evaluated_on, time.perf_counter() - started)
     place = report.write_report(facts, report_folder)
-    if verbose:
+    if not mode.keep_run:
+        run.remove()
+    for path in run.damaged:
+        console.print(f"[yellow]{escape(str(path))} was damaged; that stage was done again[/yellow]")
+    if mode.verbose:
         console.print(report.unit_table(facts))
     console.print(report.quantize_summary(facts))
     console.print(f"wrote {escape(str(output))} and {escape(str(place))} in {facts['seconds']['total']:.0f} s")
@@ -304,9 +327,30 @@ def _samples(place: str, source: "SourceModel", data: DataConfig, option: str, l
     return samples if limit is None or option == "--calibration-data" else samples.first(limit)
 
 
-def _check_output(model: Path, output: Path, overwrite: bool) -> None:
+def _open_run(path: Path, output: Path, fingerprint: Mapping[str, Any], machine: str, mode: _Mode, console: Console) -> "RunFolder":
+    """The run folder of this run: the one that is there with --resume, else a new one."""
+    from .run_folder import RunFolder, holds_run, progress_of
+
+    unfinished = holds_run(path)
+    if not unfinished or not mode.resume:
+        if unfinished and not mode.overwrite:
+            raise UsageError(f"{path}: holds an unfinished run ({progress_of(path)}); --resume continues it, --overwrite starts anew")
+        if mode.resume:
+            _check_output(None, output, mode.overwrite)
+            console.print(f"no unfinished run in {escape(str(path))}; starting from the beginning")
+        return RunFolder.create(path, fingerprint, machine)
+    run = RunFolder.resume(path, fingerprint)
+    _check_output(None, output, mode.overwrite or run.exporting)
+    console.print(f"resuming {progress_of(path)}")
+    if run.machine != machine:
+        was = f"started on {escape(run.machine)}, continued on {escape(machine)}"
+        console.print(f"[yellow]{was}: sums in another order may flip codes[/yellow]")
+    return run
+
+
+def _check_output(model: Path | None, output: Path, overwrite: bool) -> None:
     """Refuse, before any work, what could not be written after it."""
-    if output.exists() and output.resolve() == model.resolve():
+    if model is not None and output.exists() and output.resolve() == model.resolve():
         raise UsageError(f"--output {output}: is the source model; choose another name")
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists; give --overwrite or another --output")
@@ -379,9 +423,37 @@ def _reported(verbose: bool) -> Iterator[None]:
             traceback.print_exception(error)
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        click.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)
+    except KeyboardInterrupt as interruption:
+        terminated = isinstance(interruption, _Terminated)
+        click.echo(f"{'terminated' if terminated else 'interrupted'}{interruption or '; nothing was written'}", err=True)
+        sys.exit(143 if terminated else 130)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a batch system sends before it takes the machine away."""
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+@contextmanager
+def _interruptible(run_path: Path) -> Iterator[None]:
+    """Make SIGTERM an interruption like Ctrl-C, say what is left to resume, and leave no folder that holds nothing."""
+    handles = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if handles else None
+    try:
+        yield
+    except BaseException as error:
+        from .run_folder import discard_if_empty, holds_run, progress_of
+
+        discard_if_empty(run_path)
+        if isinstance(error, KeyboardInterrupt) and holds_run(run_path):
+            raise type(error)(f" {progress_of(run_path)}; --resume continues") from None
+        raise
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

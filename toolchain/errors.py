@@ -46,6 +46,12 @@ class InstallationError(MrecgError):
     exit_code = 7
 
 
+class StorageError(MrecgError):
+    """The run folder cannot be written: a full disk, a folder that is gone."""
+
+    exit_code = 8
+
+
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ` (did you mean 'a', 'b'?)` for the known words closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)

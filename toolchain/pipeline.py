@@ -1,8 +1,10 @@
 """The stages in order, from a float model and samples to a quantization table."""
 
+import itertools
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from .plan import BlockRow, Plan, block_rows, make_plan, measured
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .quant_table import quantize as encode
 from .reconstruction import UnitResult, learned_weights, reconstruct_unit
+from .run_folder import RunFolder, Stage
 from .samples import Samples, check_labels
 from .source import SourceModel, infer_types
 from .torch_import import import_block
@@ -28,6 +31,7 @@ Progress = Callable[[str, int, int, float], None]
 _IMPORT_TOLERANCE = 1e-4  # of a value's largest magnitude; float32 summation order through a whole network stays well below
 _IMPORT_SAMPLES = 4
 _ASSUMED_AXIS = 224
+_CALIBRATED = "calibrated"
 # cuDNN would compute convolutions in TF32 by itself, whose 10-bit mantissa moves values across rounding ties and fails the import check.
 _full_float32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
@@ -50,7 +54,9 @@ class Quantized:
 
 
 @_full_float32
-def quantize(source: SourceModel, samples: Samples, config: Config, progress: Progress = lambda *_: None) -> Quantized:
+def quantize(
+    source: SourceModel, samples: Samples, config: Config, progress: Progress = lambda *_: None, run: RunFolder | None = None
+) -> Quantized:
     """Quantize a float model: partition, calibrate, plan, reconstruct.
 
     Args:
@@ -58,10 +64,12 @@ def quantize(source: SourceModel, samples: Samples, config: Config, progress: Pr
         samples: calibration samples, checked against the model's inputs.
         config: all settings.
         progress: called as the work proceeds.
+        run: where finished stages are kept, and taken from.
 
     Raises:
         UnsupportedModelError: an operator cannot be imported to torch, or computes something else there.
         UsageError: a setting names what the model or the machine does not have.
+        StorageError: the run folder cannot be written.
     """
     laps = _Laps()
     device = pick_device(config.device)
@@ -72,15 +80,20 @@ def quantize(source: SourceModel, samples: Samples, config: Config, progress: Pr
     model = TorchModel.of(source, types, [row.block for row in rows], device)
     import_error = check_import(model, samples)
     laps.end("import")
-    table = calibrate(model, placement, samples.first(config.range_samples), config, progress)
+    saved = run.load(_CALIBRATED) if run is not None else None
+    table = QuantTable(saved.tensors) if saved else calibrate(model, placement, samples.first(config.range_samples), config, progress)
     laps.end("calibrate")
-    if config.learns:
+    if saved:
+        rows = tuple(replace(row, loss=loss, energy=energy) for row, (loss, energy) in zip(rows, saved.facts["losses"], strict=True))
+    elif config.learns:
         rows = measured(rows, model, table, lambda block, t: with_biases(source, placement, block, t), samples.first(config.range_samples))
+    if run is not None and config.learns and not saved:
+        run.save(_CALIBRATED, Stage(table.tensors, {"losses": [(row.loss, row.energy) for row in rows]}))
     plan = make_plan(source, rows, config)
     laps.end("plan")
     units = TorchModel.of(source, types, plan.units, device)
     if config.learns:
-        table, results = reconstruct(units, placement, table, samples, config, progress)
+        table, results = reconstruct(units, placement, table, samples, config, progress, run)
     else:
         results = ()
         for unit in plan.units:
@@ -215,18 +228,34 @@ def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], meth
 
 
 def reconstruct(
-    units: TorchModel, placement: Placement, table: QuantTable, samples: Samples, config: Config, progress: Progress = lambda *_: None
+    units: TorchModel,
+    placement: Placement,
+    table: QuantTable,
+    samples: Samples,
+    config: Config,
+    progress: Progress = lambda *_: None,
+    run: RunFolder | None = None,
 ) -> tuple[QuantTable, tuple[UnitResult, ...]]:
-    """Reconstruct the units in order: each reads the quantized outputs of those before it and aims at its own float output."""
+    """Reconstruct the units in order: each reads the quantized outputs of those before it and aims at its own float output.
+
+    Units that a run folder holds are not learned again: the streams pass through them as they were left.
+    """
     source = units.source
     floats, quantized = units.stream(samples.inputs), units.stream(samples.inputs, table)
     total = sum(bool(learned_weights(piece, table)) for piece in units.pieces)
+    saved = _finished(run, total)
     results: list[UnitResult] = []
     for position, piece in enumerate(units.pieces):
         if len(results) == total:
             break  # nothing after the last learned weights needs the streams
+        name, done = piece.block.name, len(results)
         targets = units.run(piece, floats)
-        if learned_weights(piece, table):
+        if learned_weights(piece, table) and done < len(saved):
+            progress(f"resuming after {name}", done + 1, len(saved), float("nan"))
+            results.append(saved[done])
+            table = table.updated(saved[done].changes)
+            outputs = units.run(piece, quantized, table)
+        elif learned_weights(piece, table):
             result, outputs = reconstruct_unit(
                 piece=piece,
                 floats=source.constants,
@@ -237,10 +266,12 @@ def reconstruct(
                 finish=lambda learned, block=piece.block: retied(placement, with_biases(source, placement, block, learned)),
                 settings=config.settings(has_depthwise(source, piece.block)),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
-                progress=_unit_progress(progress, piece.block.name, len(results), total),
+                progress=_unit_progress(progress, name, done, total),
             )
             table = table.updated(result.changes)
             results.append(result)
+            if run is not None:
+                run.save(_unit(done), _stage(result))
         else:
             table = with_biases(source, placement, piece.block, table)
             outputs = units.run(piece, quantized, table)
@@ -313,6 +344,30 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _unit(number: int) -> str:
+    return f"unit-{number:03d}"
+
+
+def _finished(run: RunFolder | None, total: int) -> list[UnitResult]:
+    """The results that a run folder holds, up to the first unit that is missing."""
+    if run is None:
+        return []
+    run.begin_units(total)
+    stages = itertools.takewhile(lambda stage: stage is not None, (run.load(_unit(number)) for number in range(total)))
+    return [UnitResult(**_frozen(stage.facts), changes=stage.tensors) for stage in stages if stage is not None]
+
+
+def _stage(result: UnitResult) -> Stage:
+    return Stage(result.changes, {f.name: getattr(result, f.name) for f in fields(result) if f.name != "changes"})
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _unit_progress(progress: Progress, name: str, done: int, total: int) -> Callable[[int, int, float], None]:
