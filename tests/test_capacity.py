@@ -12,7 +12,7 @@ from tests import zoo
 from toolchain import capacity
 from toolchain.capacity import BlockTraits
 from toolchain.config import Config
-from toolchain.partition import partition
+from toolchain.partition import Rules, partition
 from toolchain.plan import block_rows, make_plan
 from toolchain.source import infer_types
 
@@ -41,7 +41,7 @@ def test_modcap_gives_the_published_grouping(width: float, alpha: float, tmp_pat
     source = zoo.loaded(zoo.mobilenet_v2(width), tmp_path)
     types = infer_types(source, {"x": (3, 32, 32)})
     config = Config(units="modcap", capacity_alpha=alpha)
-    rows = block_rows(source, types, partition(source.graph, types.batched), config)
+    rows = block_rows(source, types, partition(source.graph, Rules(types.batched, types.shared)), config)
     assert make_plan(source, rows, config).merged == PUBLISHED_MODCAP_MERGES
     assert make_plan(source, rows, Config(units="transitions")).merged == PUBLISHED_MODCAP_MERGES
 

@@ -139,24 +139,25 @@ def test_inspect_json_and_open_axes(place: Path) -> None:
     onnx.save(b.model(b.head(b.conv("x", 3, 8, act="relu"), 8)), place / "open.onnx")
     facts = json.loads(invoke("inspect", place / "open.onnx", "--format", "json").output)
     assert facts["guessed_axes"] == ["x"]
-    assert facts["not_imported"] == []
+    assert facts["islands"] == []
     facts = json.loads(invoke("inspect", place / "open.onnx", "--format", "json", "--input-shape", "x:3x16x16").output)
     assert facts["guessed_axes"] == []
     assert invoke("inspect", place / "open.onnx", "--input-shape", "y:3x16x16").exit_code == 2
     assert invoke("inspect", place / "open.onnx", "--input-shape", "x:big").exit_code == 2
 
 
-def test_inspect_names_what_cannot_be_imported(place: Path) -> None:
+def test_what_cannot_be_imported_is_an_island(place: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     y = b.head(b.conv("x", 3, 8, act="relu"), 8)
     onnx.save(b.model(b.op("Hardmax", y)), place / "odd.onnx")
     result = invoke("inspect", place / "odd.onnx")
     assert result.exit_code == 0
-    assert "not imported" in result.output
-    assert "Hardmax" in result.output
-    refused = quantize(place, model="odd.onnx")
-    assert refused.exit_code == 3
-    assert "Hardmax" in refused.output
+    assert "float island, left to ONNX Runtime: 1 node: Hardmax has no torch converter (b01)" in result.output
+    done = quantize(place, model="odd.onnx")
+    assert done.exit_code == 0, done.output
+    assert "Hardmax has no torch converter" in " ".join(done.output.split())
+    facts = json.loads((place / "odd.w4a4.report" / "report.json").read_text())
+    assert [(row["operators"], row["block"]) for row in facts["islands"]] == [(["Hardmax"], "b01")]
 
 
 def bad(place: Path, name: str, **arrays: np.ndarray) -> list[object]:

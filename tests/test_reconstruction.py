@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests import zoo
-from toolchain import reconstruction
+from toolchain import losses, minibatch, reconstruction
+from toolchain.activations import Passes
 from toolchain.calibration import calibrate_weight
 from toolchain.config import Config, Settings
 from toolchain.fake_quant import soft_round
@@ -111,21 +112,22 @@ def test_coins_are_fair_and_laid_out_like_their_tensor(shape: tuple[int, ...]) -
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(shape)
     for _ in range(200):
-        coins = reconstruction._coins(x, 0.25, generator)
+        coins = minibatch.coins(x, 0.25, generator)
         assert coins.stride() == x.stride()
         assert set(coins.unique().tolist()) <= {0.0, 1.0}
         total += coins
     assert total.mean().item() / 200 == pytest.approx(0.25, abs=0.01)  # 70,000 coins: four standard errors are 0.0066
     assert ((total / 200 - 0.25).abs() < 0.2).all()  # every position flips: six standard errors of 200 coins
-    assert (reconstruction._coins(x, 1.0, generator) == 1).all()
+    assert (minibatch.coins(x, 1.0, generator) == 1).all()
 
 
 def test_loss_sums_channels_and_averages_the_rest() -> None:
     target = torch.zeros(2, 3, 4, 5)
-    assert reconstruction.loss_of({"y": target + 2.0}, {"y": target}).item() == pytest.approx(4.0 * 3)
+    assert losses.loss_of({"y": target + 2.0}, {"y": target}).item() == pytest.approx(4.0 * 3)
     sequence = torch.zeros(2, 4, 7)
-    assert reconstruction.loss_of({"y": sequence + 1.0}, {"y": sequence}).item() == pytest.approx(7.0)
-    assert reconstruction.energy({"y": target + 2.0}) == pytest.approx(12.0)
+    assert losses.loss_of({"y": sequence + 1.0}, {"y": sequence}).item() == pytest.approx(7.0)
+    passes = Passes(2, 64, {"y"})
+    assert losses.energy({"y": target + 2.0}, passes) == pytest.approx(12.0)
 
 
 def run(folder: Path, **options: Any) -> Quantized:

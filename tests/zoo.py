@@ -68,7 +68,8 @@ class Builder:
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
             self.tensors,
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=self.ir_version)
+        imports = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in {n.domain for n in self.nodes} - {""})]
+        model = helper.make_model(graph, opset_imports=imports, ir_version=self.ir_version)
         return onnx.shape_inference.infer_shapes(model)
 
 

@@ -1,13 +1,17 @@
 """A model imported to torch block by block, and the activations of a stream (float or quantized) that are moved through it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from . import runtime
 from .fake_quant import fake_quantize
 from .graph import last_reads
+from .islands import Island
 from .partition import Block
 from .quant_table import QuantTable
 from .source import SourceModel, ValueTypes
@@ -16,22 +20,84 @@ from .torch_import import TorchBlock, import_block
 CHUNK = 64  # samples per forward pass
 
 Observer = Callable[[str, torch.Tensor], torch.Tensor]
+Piece = TorchBlock | Island
+
+
+class Parts(tuple[Any, ...]):
+    """A value that is no array of samples [N, ...], as it was in each forward pass: a shape, [N * windows, ...], boxes, a string."""
+
+
+Value = torch.Tensor | Parts
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How samples go through a model: `size` of `count` in each forward pass; `stacked` names the values that are arrays of samples."""
+
+    count: int
+    size: int
+    stacked: AbstractSet[str]
+
+    def __iter__(self) -> Iterator[slice]:
+        return (slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size))
+
+    def part(self, value: Value, index: int) -> Any:
+        """A value as it is in one forward pass."""
+        return value[index] if isinstance(value, Parts) else value[index * self.size : (index + 1) * self.size]
+
+
+class Collector:
+    """Puts a value together from forward passes; arrays of samples are written into one tensor as they come, to hold them only once."""
+
+    def __init__(self, passes: Passes, name: str) -> None:
+        self._passes = passes
+        self._is_stacked = name in passes.stacked
+        self._parts: list[Any] = []
+        self._whole: torch.Tensor | None = None
+
+    def add(self, index: int, part: Any) -> None:
+        """Take in the value of the next forward pass."""
+        if not self._is_stacked or not isinstance(part, torch.Tensor):
+            self._parts.append(part)
+            return
+        start = index * self._passes.size
+        end = min(start + self._passes.size, self._passes.count)
+        if self._whole is None:
+            memory_format = torch.channels_last if part.dim() == 4 else torch.contiguous_format
+            size = (self._passes.count, *part.shape[1:])
+            self._whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=memory_format)
+        if part.shape != (end - start, *self._whole.shape[1:]):  # it only looked like an array of samples: its shape follows from data
+            self._parts = [*self._whole[:start].split(self._passes.size), part] if start else [part]
+            self._whole, self._is_stacked = None, False
+            return
+        self._whole[start:end] = part
+
+    @property
+    def value(self) -> Value:
+        return Parts(self._parts) if self._whole is None else self._whole
 
 
 @dataclass(frozen=True)
 class TorchModel:
-    """The pieces of a model (blocks or units) in execution order, imported to torch on one device."""
+    """The pieces of a model (blocks or units, and the islands between them) in execution order, on one device.
+
+    `size` is the number of samples in a forward pass.
+    """
 
     source: SourceModel
     types: ValueTypes
     device: torch.device
-    pieces: tuple[TorchBlock, ...]
+    pieces: tuple[Piece, ...]
+    size: int = CHUNK
 
     @classmethod
-    def of(cls, source: SourceModel, types: ValueTypes, blocks: Sequence[Block], device: torch.device) -> "TorchModel":
-        return cls(source, types, device, tuple(import_block(source, types, block).to(device) for block in blocks))
+    def of(cls, source: SourceModel, types: ValueTypes, blocks: Sequence[Block], device: torch.device, size: int = CHUNK) -> "TorchModel":
+        pieces = tuple(
+            Island(block, source, types, device) if block.is_island else import_block(source, types, block).to(device) for block in blocks
+        )
+        return cls(source, types, device, pieces, types.batch or size)
 
-    def constants(self, piece: TorchBlock, table: QuantTable | None = None) -> dict[str, torch.Tensor]:
+    def constants(self, piece: Piece, table: QuantTable | None = None) -> dict[str, torch.Tensor]:
         """A piece's weights and biases: the float ones, or (with a table) what their codes stand for."""
         return {
             name: laid_out(
@@ -42,36 +108,54 @@ class TorchModel:
 
     def stream(self, inputs: Mapping[str, np.ndarray], table: QuantTable | None = None) -> "ActivationCache":
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
-        values = {name: laid_out(torch.from_numpy(np.ascontiguousarray(array)).to(self.device)) for name, array in inputs.items()}
+        axes = {spec.name: spec.axis for spec in self.source.inputs}
+        size = 1 if runtime.differing(inputs, axes) else self.size
+        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked)
+        values: dict[str, Value] = {}
+        for name, array in inputs.items():
+            if axes[name] == 0 and array.dtype.kind not in "OSU":
+                values[name] = laid_out(torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
+            else:
+                values[name] = Parts(self._fed(runtime.batched({name: array[rows]}, axes)[name]) for rows in passes)
         if table is not None:
-            values = {name: quantizing(table)(name, tensor) for name, tensor in values.items()}
-        return ActivationCache(values, last_reads([piece.block.nodes for piece in self.pieces], self.source.graph))
+            values = {name: observed(name, value, quantizing(table)) for name, value in values.items()}
+        return ActivationCache(values, last_reads([piece.block.nodes for piece in self.pieces], self.source.graph), passes)
 
-    def run(self, piece: TorchBlock, cache: "ActivationCache", table: QuantTable | None = None) -> dict[str, torch.Tensor]:
+    def run(self, piece: Piece, cache: "ActivationCache", table: QuantTable | None = None) -> dict[str, Value]:
         """A piece's outputs over all samples, in float or (with a table) quantized."""
-        return run_piece(
-            piece, cache.of(piece.block.inputs), self.constants(piece, table), quantizing(table) if table is not None else None
-        )
+        observe = quantizing(table) if table is not None else None
+        return run_piece(piece, cache.of(piece.block.inputs), self.constants(piece, table), cache.passes, observe)
+
+    def _fed(self, array: np.ndarray) -> Any:
+        return array if array.dtype.kind in "OSU" else torch.from_numpy(np.array(array)).to(self.device)
 
 
 class ActivationCache:
-    """The live values of a stream by ONNX name, each a tensor of all samples [N, ...].
+    """The live values of a stream by ONNX name, each a tensor of all samples [N, ...] or its parts.
 
     Each piece is run once, and what nothing later reads is freed.
     """
 
-    def __init__(self, values: Mapping[str, torch.Tensor], dead_after: Iterable[frozenset[str]]) -> None:
+    def __init__(self, values: Mapping[str, Value], dead_after: Iterable[frozenset[str]], passes: Passes) -> None:
         self._values = dict(values)
         self._dead_after = iter(dead_after)
+        self.passes = passes
 
-    def of(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def of(self, names: Iterable[str]) -> dict[str, Value]:
         return {name: self._values[name] for name in names}
 
-    def advance(self, outputs: Mapping[str, torch.Tensor]) -> None:
+    def advance(self, outputs: Mapping[str, Value]) -> None:
         """Take in the outputs of the next piece and drop the values that nothing after it reads."""
         self._values.update(outputs)
         for name in next(self._dead_after):
             self._values.pop(name, None)
+
+
+def observed(name: str, value: Value, observe: Observer) -> Value:
+    """A value, or each of its parts, as an observer hands it back; what is no tensor is not shown to it."""
+    if isinstance(value, Parts):
+        return Parts(observe(name, part) if isinstance(part, torch.Tensor) else part for part in value)
+    return observe(name, value)
 
 
 def laid_out(tensor: torch.Tensor) -> torch.Tensor:
@@ -94,24 +178,20 @@ def quantizing(table: QuantTable) -> Observer:
 
 @torch.no_grad()
 def run_piece(
-    piece: TorchBlock, inputs: Mapping[str, torch.Tensor], constants: Mapping[str, torch.Tensor], observe: Observer | None = None
-) -> dict[str, torch.Tensor]:
-    """Run a piece over all samples in chunks.
+    piece: Piece, inputs: Mapping[str, Value], constants: Mapping[str, torch.Tensor], passes: Passes, observe: Observer | None = None
+) -> dict[str, Value]:
+    """Run a piece over all samples, pass by pass.
 
     Args:
-        piece: the block or unit.
-        inputs: its inputs [N, ...] by name.
+        piece: the block, unit or island.
+        inputs: its inputs by name.
         constants: its weights and biases by name, quantized already where they should be.
+        passes: how the samples are split.
         observe: called on every value that the piece makes; what it returns takes the value's place.
     """
-    count = len(next(iter(inputs.values())))
-    outputs: dict[str, torch.Tensor] = {}
-    for start in range(0, count, CHUNK):
-        chunk = {name: tensor[start : start + CHUNK] for name, tensor in inputs.items()}
-        for name, tensor in piece({**chunk, **constants}, observe).items():
-            if name not in outputs:
-                memory_format = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-                size = (count, *tensor.shape[1:])
-                outputs[name] = torch.empty(size, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format)
-            outputs[name][start : start + CHUNK] = tensor
-    return outputs
+    outputs = {name: Collector(passes, name) for name in piece.block.outputs}
+    for index, _ in enumerate(passes):
+        part = {name: passes.part(value, index) for name, value in inputs.items()}
+        for name, made in piece({**part, **constants}, observe).items():
+            outputs[name].add(index, made)
+    return {name: whole.value for name, whole in outputs.items()}

@@ -223,9 +223,10 @@ def _quantize(
         raise ExportError(f"the exported model does not load: {error}") from error
     run.begin_export()
     write_model(exported, output)
-    simulated = pipeline.simulate(source, quantized.table, evaluation, torch.device(device))
+    simulated = pipeline.simulate(source, quantized.table, evaluation, torch.device(device), quantized.islands)
     few = pipeline.few_samples(source, evaluation, _EXACTNESS_SAMPLES)
-    exactness = check_simulation(exported, quantized.table, pipeline.simulated_values(source, quantized.table, few), few.inputs)
+    values = pipeline.simulated_values(source, quantized.table, few, quantized.islands)
+    exactness = check_simulation(exported, quantized.table, values, few.inputs)
     checked = validate(onnx.load(model), output, evaluation, model.stat().st_size, config.device, simulated, exactness)
     evaluated_on = data.eval_data or "the calibration samples"
     facts = report.run_report(source, output, config, data, quantized, checked, evaluated_on, time.perf_counter() - started)
@@ -253,7 +254,7 @@ def _quantize(
 @click.option("--format", "format_", metavar="table|json", default="table", show_default=True, help="Output format.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str, verbose: bool) -> None:
-    """Show the blocks of MODEL, their capacities, the units proposed, and what cannot be imported. Needs no data."""
+    """Show the blocks of MODEL, their capacities, the units proposed, and what stays float. Needs no data."""
     with _reported(verbose):
         for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, ("table", "json"))):
             if value not in known:
@@ -263,12 +264,12 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
 
         source = load_source(model)
         shapes, guessed = pipeline.sample_shapes(source, dict(_shape(entry) for entry in input_shape))
-        plan, problems = pipeline.inspect(source, shapes, Config(units=units))
+        plan, islands = pipeline.inspect(source, shapes, Config(units=units))
         facts = {
             "model": {"path": str(model), "sha256": source.sha256, "opset": source.opset, "inputs": [str(spec) for spec in source.inputs]},
             **report.plan_report(plan),
             "guessed_axes": guessed,
-            "not_imported": problems,
+            "islands": [dataclasses.asdict(row) for row in islands],
         }
         console = Console(highlight=False)
         if format_ == "json":
@@ -279,8 +280,8 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
         console.print(f"units: {escape(plan.why)}")
         for name in guessed:
             console.print(f"[yellow]input {escape(name)} leaves axes open; assumed {shapes[name]}, --input-shape sets them[/yellow]")
-        for problem in problems:
-            console.print(f"[red]not imported:[/red] {escape(problem)}")
+        for line in report.island_lines(facts["islands"]):
+            console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
 
 
 @main.command("validate", cls=_SectionedCommand, epilog=EXIT_CODES)

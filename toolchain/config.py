@@ -107,6 +107,7 @@ class Config:
         choices=("auto", "signed-drop", "topk"),
     )
     merge: tuple[str, ...] = option((), "With `--units manual`: blocks to join, as `b02+b03`. Repeatable.", "units")
+    boundary: tuple[str, ...] = option((), "End a block behind this value (an ONNX value name). Repeatable.", "units")
     merge_count: int | None = option(
         None, "Number of boundaries to merge (the paper's k); default: signed-drop by tolerance, topk one for each stage.", "units", low=0
     )

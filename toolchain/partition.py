@@ -1,8 +1,10 @@
 """Blocks: the smallest pieces of the graph that are reconstructed on their own (the paper's "modules").
 
 A cut is a place in the execution order where exactly one computed value is alive: it dominates everything that follows. Between two
-neighbouring cuts lies an atom, which is either one node or a region of parallel paths. The rules of block reconstruction (BRECQ; MQBench
-advanced PTQ) in terms of atoms, with no look at names or architectures:
+neighbouring cuts lies an atom, which is either one node or a region of parallel paths. Where a region is larger than any that published
+architectures repeat (U-Net, FPN, dense connections: a skip is alive throughout), it is cut again where the fewest values are alive, and so
+on.
+The rules of block reconstruction (BRECQ; MQBench advanced PTQ) in terms of atoms, with no look at names or architectures:
 
 1. a region whose paths meet in a sum or a concatenation (a residual region) is one block;
 2. elsewhere up to `MAX_CHAIN` consecutive weighted layers form a block, ending where a residual region starts;
@@ -10,16 +12,20 @@ advanced PTQ) in terms of atoms, with no look at names or architectures:
    belong to the layer before them, everything else (pooling to a vector, reshapes) to the layer after them;
 4. what follows the last layer and is more than its activation (softmax, arg max, box decoding) is a block without weights, so that
    reconstruction sees the logits.
+
+Nodes that torch cannot run are islands, blocks of their own around which everything is cut, whatever is alive there.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+from .errors import UsageError, near_misses
 from .graph import Graph, Node, boundary
 
 MAX_CHAIN = 3
+MAX_REGION = 10  # weighted layers of a region that is left whole: Inception-v3's largest module has as many
 _MERGES = frozenset({"Add", "Sum", "Sub", "Concat", "Max", "Mean"})
 _ACTIVATIONS = frozenset(
     {"Relu", "Clip", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "HardSwish", "HardSigmoid", "Mish", "Gelu", "Softplus", "Sigmoid", "Tanh"}
@@ -45,7 +51,8 @@ class Block:
     """A contiguous piece of the graph.
 
     `inputs` and `outputs` are the values that cross its boundary, `weighted` the names of its nodes that carry weights, `is_residual`
-    tells a region with a shortcut from a chain of layers. A merge of neighbouring blocks is again a Block, named `first+second`.
+    tells a region with a shortcut from a chain of layers, `is_island` nodes that ONNX Runtime executes (their weights do not count). A
+    merge of neighbouring blocks is again a Block, named `first+second`.
     """
 
     name: str
@@ -54,6 +61,16 @@ class Block:
     outputs: tuple[str, ...]
     weighted: tuple[str, ...]
     is_residual: bool
+    is_island: bool = False
+
+
+@dataclass
+class _Piece:
+    """A block in the making."""
+
+    nodes: list[Node]
+    is_residual: bool = False
+    is_island: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,42 +81,51 @@ class _Atom:
     joins_previous: bool
 
 
-def partition(graph: Graph, batched: AbstractSet[str]) -> tuple[Block, ...]:
-    """Partition a graph into blocks; every node is in exactly one, and running them in order is running the graph.
+@dataclass(frozen=True)
+class Rules:
+    """What of a model decides where it may be cut.
 
-    Args:
-        graph: nodes in the order of `graph.schedule`.
-        batched: the float values whose first axis is the sample axis; only these may cross a boundary.
+    Attributes:
+        batched: the float values whose first axis is the sample axis; what else depends on the samples does not cross a boundary that
+            could be elsewhere.
+        free: values that cross for nothing: shapes, indices, masks that all samples share.
+        islands: names of the nodes that torch cannot run.
+        boundaries: values after which a block must end.
     """
-    pieces: list[tuple[list[Node], bool]] = []
-    layers = 0  # weighted layers in the last piece, when it is a chain
-    waiting: list[Node] = []  # nodes without weights that wait for the layer after them
-    for atom in _atoms(graph, batched):
-        if atom.is_residual:
-            pieces.append(([*waiting, *atom.nodes], True))
-            waiting = []
-        elif atom.layers == 0:
-            if pieces and not waiting and atom.joins_previous:
-                pieces[-1][0].extend(atom.nodes)
-            else:
-                waiting.extend(atom.nodes)
-        elif pieces and not pieces[-1][1] and layers + atom.layers <= MAX_CHAIN:
-            pieces[-1][0].extend([*waiting, *atom.nodes])
-            layers, waiting = layers + atom.layers, []
+
+    batched: AbstractSet[str]
+    free: AbstractSet[str] = frozenset()
+    islands: AbstractSet[str] = frozenset()
+    boundaries: Sequence[str] = ()
+
+
+def partition(graph: Graph, rules: Rules) -> tuple[Block, ...]:
+    """Partition a graph, whose nodes are in the order of `graph.schedule`, into blocks.
+
+    Every node is in exactly one, and running them in order is running the graph.
+
+    Raises:
+        UsageError: a boundary that is no computed value.
+    """
+    pieces: list[_Piece] = []
+    for start, end in itertools.pairwise(_sections(graph, rules)):
+        if graph.nodes[start].name in rules.islands:
+            pieces.append(_Piece(list(graph.nodes[start:end]), is_island=True))
         else:
-            pieces.append(([*waiting, *atom.nodes], False))
-            layers, waiting = atom.layers, []
-    if waiting:
-        pieces.append((waiting, False))
-    return tuple(_block(graph, f"b{i:02d}", nodes, residual) for i, (nodes, residual) in enumerate(_split_tail(graph, pieces)))
+            pieces += _chained(_atoms(graph, start, end, rules))
+    return _blocks(graph, "b", _split_tail(graph, pieces))
 
 
-def layers(graph: Graph) -> tuple[Block, ...]:
+def layers(graph: Graph, rules: Rules) -> tuple[Block, ...]:
     """Partition into single weighted layers, each with what follows it up to the next one (the granularity of AdaRound)."""
-    starts = [i for i, node in enumerate(graph.nodes) if graph.weight(node) is not None]
-    edges = [0, *starts[1:], len(graph.nodes)]
-    pieces = [(list(graph.nodes[a:b]), False) for a, b in itertools.pairwise(edges) if a < b]
-    return tuple(_block(graph, f"l{i:02d}", nodes, residual) for i, (nodes, residual) in enumerate(_split_tail(graph, pieces)))
+    pieces: list[_Piece] = []
+    for start, end in itertools.pairwise(_sections(graph, rules)):
+        if graph.nodes[start].name in rules.islands:
+            pieces.append(_Piece(list(graph.nodes[start:end]), is_island=True))
+            continue
+        starts = [i for i in range(start, end) if graph.weight(graph.nodes[i]) is not None]
+        pieces += [_Piece(list(graph.nodes[a:b])) for a, b in itertools.pairwise([start, *starts[1:], end])]
+    return _blocks(graph, "l", _split_tail(graph, pieces))
 
 
 def merge(graph: Graph, blocks: Sequence[Block]) -> Block:
@@ -107,23 +133,89 @@ def merge(graph: Graph, blocks: Sequence[Block]) -> Block:
     if len(blocks) == 1:
         return blocks[0]
     nodes = [node for block in blocks for node in block.nodes]
-    return _block(graph, "+".join(block.name for block in blocks), nodes, any(block.is_residual for block in blocks))
+    residual, island = any(block.is_residual for block in blocks), any(block.is_island for block in blocks)
+    return _block(graph, "+".join(block.name for block in blocks), _Piece(nodes, residual, island))
 
 
-def _block(graph: Graph, name: str, nodes: Sequence[Node], is_residual: bool) -> Block:
-    inputs, outputs = boundary(graph, nodes)
-    weighted = tuple(node.name for node in nodes if graph.weight(node) is not None)
-    return Block(name, tuple(nodes), inputs, outputs, weighted, is_residual)
+def _blocks(graph: Graph, prefix: str, pieces: Sequence[_Piece]) -> tuple[Block, ...]:
+    return tuple(_block(graph, f"{prefix}{i:02d}", piece) for i, piece in enumerate(pieces))
 
 
-def _atoms(graph: Graph, batched: AbstractSet[str]) -> Iterator[_Atom]:
-    start = 0
-    for end in range(1, len(graph.nodes) + 1):
-        if end == len(graph.nodes) or _is_cut(graph, end, batched):
-            nodes = graph.nodes[start:end]
-            count = sum(graph.weight(node) is not None for node in nodes)
-            yield _atom(nodes, count)
-            start = end
+def _block(graph: Graph, name: str, piece: _Piece) -> Block:
+    inputs, outputs = boundary(graph, piece.nodes)
+    weighted = () if piece.is_island else tuple(node.name for node in piece.nodes if graph.weight(node) is not None)
+    return Block(name, tuple(piece.nodes), inputs, outputs, weighted, piece.is_residual, piece.is_island)
+
+
+def _sections(graph: Graph, rules: Rules) -> list[int]:
+    """The positions where the graph is cut whatever is alive: both sides of islands, and behind the boundaries asked for."""
+    position = {value: i + 1 for i, node in enumerate(graph.nodes) for value in node.outputs if value}
+    unknown = next((value for value in rules.boundaries if value not in position), None)
+    if unknown is not None:
+        raise UsageError(f"--boundary {unknown!r}: is no value that a node of the model computes{near_misses(unknown, position)}")
+    inside = [node.name in rules.islands for node in graph.nodes]
+    changes = {i for i in range(1, len(inside)) if inside[i] != inside[i - 1]}
+    return sorted({0, len(graph.nodes)} | changes | {position[value] for value in rules.boundaries})
+
+
+def _chained(atoms: Iterable[_Atom]) -> list[_Piece]:
+    """Join the atoms of a section into blocks by rules 1 to 3."""
+    pieces: list[_Piece] = []
+    layers = 0  # weighted layers in the last piece, when it is a chain
+    waiting: list[Node] = []  # nodes without weights that wait for the layer after them
+    for atom in atoms:
+        if atom.is_residual:
+            pieces.append(_Piece([*waiting, *atom.nodes], is_residual=True))
+            waiting = []
+        elif atom.layers == 0:
+            if pieces and not waiting and atom.joins_previous:
+                pieces[-1].nodes.extend(atom.nodes)
+            else:
+                waiting.extend(atom.nodes)
+        elif pieces and not pieces[-1].is_residual and layers + atom.layers <= MAX_CHAIN:
+            pieces[-1].nodes.extend([*waiting, *atom.nodes])
+            layers, waiting = layers + atom.layers, []
+        else:
+            pieces.append(_Piece([*waiting, *atom.nodes]))
+            layers, waiting = atom.layers, []
+    if waiting:
+        pieces.append(_Piece(waiting))
+    return pieces
+
+
+def _atoms(graph: Graph, start: int, end: int, rules: Rules) -> Iterator[_Atom]:
+    edges = [start, *(p for p, count in _alive(graph, start, end, rules).items() if count <= 1), end]
+    for low, high in itertools.pairwise(edges):
+        for a, b in _divided(graph, low, high, rules):
+            nodes = graph.nodes[a:b]
+            yield _atom(nodes, sum(graph.weight(node) is not None for node in nodes))
+
+
+def _divided(graph: Graph, start: int, end: int, rules: Rules) -> Iterator[tuple[int, int]]:
+    """A region, or where it is too large the regions that it falls into when cut where the fewest values are alive."""
+    pending = [(start, end)]
+    while pending:
+        low, high = pending.pop()
+        alive = {}
+        if sum(graph.weight(node) is not None for node in graph.nodes[low:high]) > MAX_REGION:
+            alive = _alive(graph, low, high, rules) or _alive(graph, low, high, rules, anything=True)
+        if not alive:
+            yield low, high
+            continue
+        fewest = min(alive.values())
+        cuts = [low, *(p for p, count in alive.items() if count == fewest), high]
+        pending.extend(reversed(list(itertools.pairwise(cuts))))
+
+
+def _alive(graph: Graph, start: int, end: int, rules: Rules, anything: bool = False) -> dict[int, int]:
+    """How many values would cross a cut at each position inside a range where one is allowed.
+
+    Values that are alive at both ends of the range pass it by, and graph inputs and free values cross for nothing. `anything` allows cuts
+    through values that are no arrays of samples too.
+    """
+    ignored = (graph.alive[start] & graph.alive[end]) | set(graph.inputs) | rules.free
+    crossing = {position: graph.alive[position] - ignored for position in range(start + 1, end)}
+    return {position: len(values) for position, values in crossing.items() if anything or values <= rules.batched}
 
 
 def _atom(nodes: tuple[Node, ...], weighted: int) -> _Atom:
@@ -135,19 +227,17 @@ def _atom(nodes: tuple[Node, ...], weighted: int) -> _Atom:
     return _Atom(nodes, 0 if is_gate else weighted, is_residual, joins_previous)
 
 
-def _is_cut(graph: Graph, position: int, batched: AbstractSet[str]) -> bool:
-    alive = graph.alive[position] - set(graph.inputs)
-    return len(alive) == 1 and alive <= batched
-
-
-def _split_tail(graph: Graph, pieces: list[tuple[list[Node], bool]]) -> list[tuple[list[Node], bool]]:
+def _split_tail(graph: Graph, pieces: list[_Piece]) -> list[_Piece]:
     """Move what follows the last weighted layer and its activation into a piece of its own."""
-    last = max((i for i, (nodes, _) in enumerate(pieces) if any(graph.weight(n) for n in nodes)), default=None)
-    if last is None or pieces[last][1]:
+    weighted = [any(graph.weight(node) for node in piece.nodes) and not piece.is_island for piece in pieces]
+    last = max((i for i, has_weights in enumerate(weighted) if has_weights), default=None)
+    if last is None or pieces[last].is_residual:
         return pieces
-    nodes = pieces[last][0]
+    nodes, rest = pieces[last].nodes, pieces[last + 1 :]
     end = 1 + max(i for i, node in enumerate(nodes) if graph.weight(node))
     while end < len(nodes) and nodes[end].op_type in _TAIL:
         end += 1
-    tail = [*nodes[end:], *(node for piece, _ in pieces[last + 1 :] for node in piece)]
-    return [*pieces[:last], (nodes[:end], False), *([(tail, False)] if tail else [])]
+    tail = _Piece(nodes[end:])
+    while rest and not rest[0].is_island:
+        tail.nodes.extend(rest.pop(0).nodes)
+    return [*pieces[:last], _Piece(nodes[:end]), *([tail] if tail.nodes else []), *rest]

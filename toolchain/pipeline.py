@@ -2,34 +2,34 @@
 
 import itertools
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import partition, runtime
-from .activations import TorchModel, quantizing, run_piece
+from .activations import CHUNK, Parts, Piece, TorchModel, Value, observed, quantizing, run_piece
 from .calibration import Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
-from .errors import UnsupportedModelError, UsageError, near_misses
-from .partition import Block
-from .placement import Placement, match_nodes, place
+from .errors import UsageError, near_misses
+from .import_check import check_import
+from .islands import IslandRow, find_islands, island_rows
+from .partition import Block, Rules
+from .placement import Placement, match_nodes, place, without
 from .plan import BlockRow, Plan, block_rows, make_plan, measured
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .quant_table import quantize as encode
 from .reconstruction import UnitResult, learned_weights, reconstruct_unit
 from .run_folder import RunFolder, Stage
 from .samples import Samples, check_labels
-from .source import SourceModel, infer_types
-from .torch_import import import_block
+from .source import SourceModel, ValueTypes, infer_types
+from .torch_import import TorchBlock
 
 Progress = Callable[[str, int, int, float], None]
 """Called as the work proceeds with (what, steps done, steps in all, loss or NaN)."""
 
-_IMPORT_TOLERANCE = 1e-4  # of a value's largest magnitude; float32 summation order through a whole network stays well below
-_IMPORT_SAMPLES = 4
 _ASSUMED_AXIS = 224
 _CALIBRATED = "calibrated"
 # cuDNN would compute convolutions in TF32 by itself, whose 10-bit mantissa moves values across rounding ties and fails the import check.
@@ -40,7 +40,8 @@ _full_float32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, all
 class Quantized:
     """What learning hands over: the table, and how it came about.
 
-    `import_error` is the worst difference of torch to ONNX Runtime in float, relative to the value's range.
+    `import_error` is the worst difference of torch to ONNX Runtime in float, relative to the value's range; `islands` names the nodes that
+    are left to ONNX Runtime, with the reasons.
     """
 
     table: QuantTable
@@ -51,6 +52,7 @@ class Quantized:
     device: str
     samples: int
     seconds: Mapping[str, float]
+    islands: Mapping[str, str] = field(default_factory=dict)
 
 
 @_full_float32
@@ -67,31 +69,34 @@ def quantize(
         run: where finished stages are kept, and taken from.
 
     Raises:
-        UnsupportedModelError: an operator cannot be imported to torch, or computes something else there.
+        UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
         UsageError: a setting names what the model or the machine does not have.
         StorageError: the run folder cannot be written.
     """
     laps = _Laps()
     device = pick_device(config.device)
     samples = samples.chosen(config.calibration_samples, config.seed)
-    types = infer_types(source, samples.shapes)
-    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
-    rows = survey(source, samples, config)
-    model = TorchModel.of(source, types, [row.block for row in rows], device)
-    import_error = check_import(model, samples)
+    types = infer_types(source, samples.shapes, samples.inputs)
+    samples = samples.whole(types.batch)
+    survey(source, samples, config)
+    model, islands, import_error = imported(source, types, samples, config, device)
+    rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
+    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands)
     laps.end("import")
+    few = samples.first(config.range_samples).whole(types.batch)
     saved = run.load(_CALIBRATED) if run is not None else None
-    table = QuantTable(saved.tensors) if saved else calibrate(model, placement, samples.first(config.range_samples), config, progress)
+    table = QuantTable(saved.tensors) if saved else calibrate(model, placement, few, config, progress)
+    placement = without(placement, placement.activations.keys() - table.tensors.keys())
     laps.end("calibrate")
     if saved:
         rows = tuple(replace(row, loss=loss, energy=energy) for row, (loss, energy) in zip(rows, saved.facts["losses"], strict=True))
     elif config.learns:
-        rows = measured(rows, model, table, lambda block, t: with_biases(source, placement, block, t), samples.first(config.range_samples))
+        rows = measured(rows, model, table, lambda block, t: with_biases(source, placement, block, t), few)
     if run is not None and config.learns and not saved:
         run.save(_CALIBRATED, Stage(table.tensors, {"losses": [(row.loss, row.energy) for row in rows]}))
     plan = make_plan(source, rows, config)
     laps.end("plan")
-    units = TorchModel.of(source, types, plan.units, device)
+    units = TorchModel.of(source, types, plan.units, device, _pass_size(types, plan.units, config))
     if config.learns:
         table, results = reconstruct(units, placement, table, samples, config, progress, run)
     else:
@@ -99,18 +104,39 @@ def quantize(
         for unit in plan.units:
             table = with_biases(source, placement, unit, table)
     laps.end("reconstruct")
-    return Quantized(table, placement, plan, results, import_error, str(device), samples.count, laps.seconds)
+    return Quantized(table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands)
 
 
 def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[BlockRow, ...]:
     """Partition the model, and refuse settings that name what it does not have: everything that can be said before the work begins."""
-    types = infer_types(source, samples.shapes)
+    types = infer_types(source, samples.shapes, samples.inputs)
     match_nodes(source.graph, config.keep_float)
-    blocks = partition.layers(source.graph) if config.algorithm == "adaround" else partition.partition(source.graph, types.batched)
-    rows = block_rows(source, types, blocks, config)
+    rows = block_rows(source, types, cut_blocks(source, types, find_islands(source, types), config), config)
     if config.merge:
         make_plan(source, rows, config)
     return rows
+
+
+def cut_blocks(source: SourceModel, types: ValueTypes, islands: Mapping[str, str], config: Config) -> tuple[Block, ...]:
+    """The blocks of a model around its islands."""
+    rules = Rules(types.batched, types.shared, islands.keys(), config.boundary)
+    return partition.layers(source.graph, rules) if config.algorithm == "adaround" else partition.partition(source.graph, rules)
+
+
+def imported(
+    source: SourceModel, types: ValueTypes, samples: Samples, config: Config, device: torch.device
+) -> tuple[TorchModel, dict[str, str], float]:
+    """The blocks in torch, the islands between them, and the worst difference to ONNX Runtime that is left.
+
+    Nodes that torch computes differently, or not at all when it comes to it, become islands too.
+    """
+    islands = find_islands(source, types)
+    while True:
+        model = TorchModel.of(source, types, cut_blocks(source, types, islands, config), device)
+        error, strays = check_import(model, samples)
+        if not strays:
+            return model, islands, error
+        islands |= strays
 
 
 def check_classes(source: SourceModel, samples: Samples, where: str) -> None:
@@ -127,17 +153,12 @@ def check_classes(source: SourceModel, samples: Samples, where: str) -> None:
         check_labels(samples.labels, classes, where)
 
 
-def inspect(source: SourceModel, shapes: Mapping[str, tuple[int, ...]], config: Config) -> tuple[Plan, list[str]]:
-    """The data-free plan for inputs of the given sample shapes, and what of the model cannot be imported to torch."""
+def inspect(source: SourceModel, shapes: Mapping[str, tuple[int, ...]], config: Config) -> tuple[Plan, tuple[IslandRow, ...]]:
+    """The data-free plan for inputs of the given sample shapes, and what of the model is left to ONNX Runtime."""
     types = infer_types(source, shapes)
-    blocks = partition.partition(source.graph, types.batched)
-    problems = []
-    for block in blocks:
-        try:
-            import_block(source, types, block)
-        except UnsupportedModelError as error:
-            problems.append(f"{block.name}: {error}")
-    return make_plan(source, block_rows(source, types, blocks, config), config), problems
+    islands = find_islands(source, types)
+    blocks = cut_blocks(source, types, islands, config)
+    return make_plan(source, block_rows(source, types, blocks, config), config), island_rows(source, blocks, islands)
 
 
 def sample_shapes(source: SourceModel, given: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
@@ -147,58 +168,39 @@ def sample_shapes(source: SourceModel, given: Mapping[str, tuple[int, ...]]) -> 
     if unknown is not None:
         raise UsageError(f"--input-shape: the model has no input {unknown!r}{near_misses(unknown, names)}")
     shapes = {
-        spec.name: given.get(spec.name, tuple(axis if isinstance(axis, int) else _ASSUMED_AXIS for axis in spec.shape[1:]))
+        spec.name: given.get(spec.name, tuple(axis if isinstance(axis, int) else _ASSUMED_AXIS for axis in spec.sample_shape))
         for spec in source.inputs
     }
-    guessed = [s.name for s in source.inputs if s.name not in given and not all(isinstance(axis, int) for axis in s.shape[1:])]
+    guessed = [s.name for s in source.inputs if s.name not in given and not all(isinstance(axis, int) for axis in s.sample_shape)]
     return shapes, guessed
-
-
-def check_import(model: TorchModel, samples: Samples) -> float:
-    """Compare torch with ONNX Runtime at every block boundary on a few samples; return the worst difference, relative to the value's range.
-
-    Raises:
-        UnsupportedModelError: a block whose outputs differ by more than float32 rounding explains.
-    """
-    few = samples.first(_IMPORT_SAMPLES)
-    expected = runtime.run_exposed(model.source.model, few.inputs, [name for piece in model.pieces for name in piece.block.outputs])
-    stream = model.stream(few.inputs)
-    worst = 0.0
-    for piece in model.pieces:
-        outputs = model.run(piece, stream)
-        for name, tensor in outputs.items():
-            reference = expected[name].astype(np.float64)
-            difference = np.abs(tensor.cpu().numpy() - reference).max(initial=0.0)
-            error = float(difference / max(np.abs(reference).max(initial=0.0), 1e-12))
-            worst = max(worst, error)
-            if not error <= _IMPORT_TOLERANCE:
-                kinds = ", ".join(sorted({node.op_type for node in piece.block.nodes}))
-                raise UnsupportedModelError(
-                    f"block {piece.block.name}: value {name!r} differs between torch and ONNX Runtime by {error:.1e} of its range; "
-                    f"one of its operators ({kinds}) is imported wrongly"
-                )
-        stream.advance(outputs)
-    return worst
 
 
 def calibrate(
     model: TorchModel, placement: Placement, samples: Samples, config: Config, progress: Progress = lambda *_: None
 ) -> QuantTable:
-    """Grids of all activations, from the float stream, and of all weights, with the codes of rounding to nearest."""
+    """Grids of all activations, from the float stream, and of all weights, with the codes of rounding to nearest.
+
+    Activations that have no range (never made, or not finite) get none.
+    """
     histograms: dict[str, Histogram] = {}
+    endless: set[str] = set()
 
     def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in placement.activations:
+        if name in placement.activations and name not in endless and tensor.numel():
+            if not torch.isfinite(tensor.aminmax()[1] - tensor.aminmax()[0]):
+                endless.add(name)
+                return tensor
             seen = Histogram.of(tensor)
             histograms[name] = histograms[name].merged(seen) if name in histograms else seen
         return tensor
 
     stream = model.stream(samples.inputs)
-    for name, tensor in stream.of(model.source.graph.inputs).items():
-        observe(name, tensor)
+    for name, value in stream.of(model.source.graph.inputs).items():
+        observed(name, value, observe)
     for position, piece in enumerate(model.pieces):
         progress("calibrating", position, len(model.pieces), float("nan"))
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), observe))
+        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), stream.passes, observe))
+    placement = without(placement, endless | (placement.activations.keys() - histograms.keys()))
     activation_range, weight_range = config.activation_range, config.weight_range
     if config.algorithm == "minmax":
         activation_range = weight_range = "minmax"
@@ -242,27 +244,35 @@ def reconstruct(
     """
     source = units.source
     floats, quantized = units.stream(samples.inputs), units.stream(samples.inputs, table)
-    total = sum(bool(learned_weights(piece, table)) for piece in units.pieces)
+    total, learnt = len(_learning(units.pieces, table)), set[str]()
     saved = _finished(run, total)
     results: list[UnitResult] = []
     for position, piece in enumerate(units.pieces):
         if len(results) == total:
             break  # nothing after the last learned weights needs the streams
         name, done = piece.block.name, len(results)
-        targets = units.run(piece, floats)
-        if learned_weights(piece, table) and done < len(saved):
+        made = units.run(piece, floats)
+        weights = learned_weights(piece, table, learnt)
+        if weights and done < len(saved):
             progress(f"resuming after {name}", done + 1, len(saved), float("nan"))
             results.append(saved[done])
             table = table.updated(saved[done].changes)
             outputs = units.run(piece, quantized, table)
-        elif learned_weights(piece, table):
+        elif weights:
+            assert isinstance(piece, TorchBlock)
+            inputs, float_inputs, targets = quantized.of(piece.block.inputs), floats.of(piece.block.inputs), made
+            if not _alike(inputs, float_inputs):  # shapes that follow from data: aim at what the float unit makes of the same inputs
+                float_inputs, targets = inputs, units.run(piece, quantized)
             result, outputs = reconstruct_unit(
                 piece=piece,
                 floats=source.constants,
-                inputs=quantized.of(piece.block.inputs),
-                float_inputs=floats.of(piece.block.inputs),
+                inputs=inputs,
+                float_inputs=float_inputs,
                 targets=targets,
+                passes=quantized.passes,
+                device=units.device,
                 table=table,
+                done=learnt,
                 finish=lambda learned, block=piece.block: retied(placement, with_biases(source, placement, block, learned)),
                 settings=config.settings(has_depthwise(source, piece.block)),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
@@ -275,44 +285,86 @@ def reconstruct(
         else:
             table = with_biases(source, placement, piece.block, table)
             outputs = units.run(piece, quantized, table)
-        floats.advance(targets)
+        learnt.update(weights)
+        floats.advance(made)
         quantized.advance(outputs)
     return table, tuple(results)
 
 
+def _learning(pieces: Sequence[Piece], table: QuantTable) -> list[Piece]:
+    """The units that learn a weight which none before them has."""
+    found, done = [], set[str]()
+    for piece in pieces:
+        learned = learned_weights(piece, table, done)
+        done |= set(learned)
+        found += [piece] if learned else []
+    return found
+
+
+def _alike(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool:
+    def shapes(value: Value) -> list[Any]:
+        return [getattr(part, "shape", None) for part in (value if isinstance(value, Parts) else [value])]
+
+    return all(shapes(value) == shapes(second[name]) for name, value in first.items())
+
+
 @_full_float32
-def simulate(source: SourceModel, table: QuantTable, samples: Samples, device: torch.device) -> dict[str, np.ndarray]:
-    """Run the quantized model in torch: the graph outputs under the table [N, ...], by name."""
-    types = infer_types(source, samples.shapes)
-    model = TorchModel.of(source, types, partition.partition(source.graph, types.batched), device)
+def simulate(
+    source: SourceModel, table: QuantTable, samples: Samples, device: torch.device, islands: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Run the quantized model in torch: the graph outputs under the table by name, as `runtime.run` joins them.
+
+    Args:
+        source: the float model.
+        table: the grids.
+        samples: what to run on.
+        device: where.
+        islands: nodes left to ONNX Runtime, as `Quantized` names them.
+    """
+    types = infer_types(source, samples.shapes, samples.inputs)
+    islands = find_islands(source, types) if islands is None else islands
+    model = TorchModel.of(source, types, cut_blocks(source, types, islands, Config()), device)
+    count = samples.count
+    if types.batch is not None:
+        samples = samples.taken(np.arange(-(-count // types.batch) * types.batch) % count)
     stream = model.stream(samples.inputs, table)
     for piece in model.pieces:
         stream.advance(model.run(piece, stream, table))
-    return {name: tensor.cpu().numpy() for name, tensor in stream.of(source.graph.outputs).items()}
+    found: dict[str, np.ndarray] = {}
+    for name, value in stream.of(source.graph.outputs).items():
+        parts = value if isinstance(value, Parts) else [value]
+        joined = runtime.joined([part.cpu().numpy() if isinstance(part, torch.Tensor) else np.asarray(part) for part in parts])
+        found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined
+    return found
 
 
 @_full_float32
-def simulated_values(source: SourceModel, table: QuantTable, samples: Samples) -> dict[str, np.ndarray]:
-    """Every value of the quantized model in torch on the CPU, graph inputs included, by name [N, ...]; all are held, so for few samples."""
-    types = infer_types(source, samples.shapes)
-    model = TorchModel.of(source, types, partition.partition(source.graph, types.batched), torch.device("cpu"))
+def simulated_values(
+    source: SourceModel, table: QuantTable, samples: Samples, islands: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Every value of the quantized model in torch on the CPU, graph inputs included, by name, in one forward pass over few samples."""
+    types = infer_types(source, samples.shapes, samples.inputs)
+    blocks = cut_blocks(source, types, find_islands(source, types) if islands is None else islands, Config())
+    model = TorchModel.of(source, types, blocks, torch.device("cpu"), max(samples.count, CHUNK))
     stream = model.stream(samples.inputs, table)
-    values = {name: [tensor.numpy().copy()] for name, tensor in stream.of(source.graph.inputs).items()}
+    fed = {name: stream.passes.part(value, 0) for name, value in stream.of(source.graph.inputs).items()}
+    values = {name: tensor.numpy().copy() for name, tensor in fed.items() if isinstance(tensor, torch.Tensor)}
 
     def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
         found = quantizing(table)(name, tensor)
-        values.setdefault(name, []).append(found.numpy().copy())
+        values[name] = found.numpy().copy()
         return found
 
     for piece in model.pieces:
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece, table), observe))
-    return {name: np.concatenate(chunks) for name, chunks in values.items() if chunks[0].ndim}
+        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece, table), stream.passes, observe))
+    return values
 
 
 def few_samples(source: SourceModel, samples: Samples, count: int) -> Samples:
-    """The first samples: `count` of them, or as many as the model's fixed batch, going round where there are fewer."""
-    fixed = next((spec.shape[0] for spec in source.inputs if spec.shape and isinstance(spec.shape[0], int)), None)
-    return samples.taken(np.arange(fixed or min(count, samples.count)) % samples.count)
+    """The first samples that one run takes: `count` of them, or as many as the model's fixed batch, going round where there are fewer."""
+    one_by_one = runtime.differing(samples.inputs, {spec.name: spec.axis for spec in source.inputs})
+    size = source.batch or (1 if one_by_one else min(count, samples.count))
+    return samples.taken(np.arange(size) % samples.count)
 
 
 def with_biases(source: SourceModel, placement: Placement, block: Block, table: QuantTable) -> QuantTable:
@@ -368,6 +420,12 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
+    """Samples in a forward pass: a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
+    crossing = {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
+    return CHUNK if crossing <= types.stacked else min(CHUNK, config.batch_size)
 
 
 def _unit_progress(progress: Progress, name: str, done: int, total: int) -> Callable[[int, int, float], None]:

@@ -16,7 +16,8 @@ that nothing on integers reads are quantized; whether a Concat has one grid; and
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from onnx import TensorProto
 
@@ -43,6 +44,7 @@ DATA_MOVEMENT = frozenset(
     }
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
+_ON_REQUEST = "kept float on request"
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN", "Attention", "EmbedLayerNormalization"})
 
 
@@ -82,11 +84,20 @@ class Placement:
     last: frozenset[str]
 
 
-def place(source: SourceModel, types: ValueTypes, scheme: Scheme, precision: Precision, keep_float: AbstractSet[str]) -> Placement:
-    """Apply a scheme to a model; `keep_float` names nodes that are left alone."""
+def place(
+    source: SourceModel,
+    types: ValueTypes,
+    scheme: Scheme,
+    precision: Precision,
+    keep_float: AbstractSet[str],
+    islands: Mapping[str, str] = MappingProxyType({}),
+) -> Placement:
+    """Apply a scheme to a model; `keep_float` names nodes that are left alone, `islands` those that torch cannot run, with the reasons."""
     graph = source.graph
     first, last = edges(graph)
-    weights, floats = _weight_specs(source, types, scheme, precision, keep_float, first | last)
+    reasons = {name: f"in a float island: {reason}" for name, reason in islands.items()} | dict.fromkeys(keep_float, _ON_REQUEST)
+    keep_float = reasons.keys()
+    weights, floats = _weight_specs(source, types, scheme, precision, reasons, first | last)
     flow = _Flow(source, frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT), keep_float, scheme)
     integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     activations: dict[str, QuantSpec] = {}
@@ -110,13 +121,13 @@ def _weight_specs(
     types: ValueTypes,
     scheme: Scheme,
     precision: Precision,
-    keep_float: AbstractSet[str],
+    reasons: Mapping[str, str],
     edge_nodes: AbstractSet[str],
 ) -> tuple[dict[str, QuantSpec], list[FloatRow]]:
     weights: dict[str, QuantSpec] = {}
     floats: list[FloatRow] = []
     for node in source.graph.nodes:
-        reason = _float_reason(source, types, node, keep_float)
+        reason = _float_reason(source, types, node, reasons)
         weight = source.graph.weight(node)
         if reason is not None:
             floats.append(FloatRow(node.name, node.op_type, reason))
@@ -224,6 +235,19 @@ def _biases(source: SourceModel, integer: AbstractSet[str], quantized: AbstractS
     return biases, floats
 
 
+def without(placement: Placement, values: AbstractSet[str]) -> Placement:
+    """A placement in which some activations stay float, and with them the biases of the nodes that read them."""
+    gone = set(values) | {value for value, leader in placement.shared.items() if leader in values}
+    gone |= {value for value, origin in placement.tied.items() if origin in gone}
+    return replace(
+        placement,
+        shared={value: leader for value, leader in placement.shared.items() if value not in gone},
+        activations={value: spec for value, spec in placement.activations.items() if value not in gone},
+        tied={value: origin for value, origin in placement.tied.items() if value not in gone},
+        biases={name: bias for name, bias in placement.biases.items() if bias.input not in gone},
+    )
+
+
 def match_nodes(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
     """The names of the nodes that `--keep-float` patterns select: a node name, an operator type, or a regular expression of node names.
 
@@ -292,7 +316,7 @@ def _tied_weight_spec(known: QuantSpec | None, spec: QuantSpec) -> QuantSpec:
     return QuantSpec(wider.bits, wider.signed, wider.symmetric, axis, wider.narrow)
 
 
-def _float_reason(source: SourceModel, types: ValueTypes, node: Node, keep_float: AbstractSet[str]) -> str | None:
+def _float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: Mapping[str, str]) -> str | None:
     """Why a node that has weights stays float; None for quantized nodes and for nodes without weights."""
     graph = source.graph
     weight = graph.weight(node)
@@ -300,8 +324,8 @@ def _float_reason(source: SourceModel, types: ValueTypes, node: Node, keep_float
         if node.op_type in _RECURRENT:
             return "no integer form of this operator is supported"
         return None
-    if node.name in keep_float:
-        return "kept float on request"
+    if node.name in reasons:
+        return reasons[node.name]
     if source.constants[weight].dtype.name != "float32":
         return f"its weight is {source.constants[weight].dtype.name}, not float32"
     if source.constants[weight].ndim < 2:

@@ -8,9 +8,10 @@ from .activations import TorchModel
 from .capacity import BlockTraits
 from .config import Config
 from .errors import UsageError, near_misses
+from .losses import energy, full_loss
 from .partition import Block
 from .quant_table import QuantTable
-from .reconstruction import energy, full_loss, learned_weights
+from .reconstruction import learned_weights
 from .samples import Samples
 from .source import SourceModel, ValueTypes
 
@@ -51,7 +52,7 @@ def block_rows(source: SourceModel, types: ValueTypes, blocks: Sequence[Block], 
     """The data-free half of the measurement: layers, transitions, ModCap."""
     rows = []
     for block in blocks:
-        names = [weight for node in block.nodes if (weight := source.graph.weight(node)) is not None]
+        names = [weight for node in block.nodes if node.name in block.weighted and (weight := source.graph.weight(node)) is not None]
         shapes = [{types.shapes.get(name) for name in side} for side in (block.inputs, block.outputs)]
         layers = tuple((source.constants[name].size, config.weight_bits) for name in names)
         traits = BlockTraits(layers, is_transition=shapes[0] != shapes[1])
@@ -78,7 +79,7 @@ def measured(
         table = finish(row.block, table)
         outputs = model.run(piece, quantized, table)
         if learned_weights(piece, table):
-            row = BlockRow(row.block, row.traits, row.capacity, full_loss(outputs, targets), energy(targets))
+            row = BlockRow(row.block, row.traits, row.capacity, full_loss(outputs, targets, floats.passes), energy(targets, floats.passes))
         result.append(row)
         floats.advance(targets)
         quantized.advance(outputs)

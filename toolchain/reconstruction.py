@@ -2,15 +2,18 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from .activations import laid_out, quantizing, run_piece
+from .activations import Passes, Piece, Value, laid_out, quantizing, run_piece
 from .config import Settings
 from .fake_quant import GAMMA, ZETA, LearnedStep, rounding_logits, soft_round
+from .losses import full_loss, loss_of
+from .minibatch import Draw, coins
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant, along_axis
 from .torch_import import TorchBlock
 
@@ -43,63 +46,39 @@ class UnitResult:
     changes: Mapping[str, TensorQuant]
 
 
-def learned_weights(module: TorchBlock, table: QuantTable) -> list[str]:
-    """The weights of a unit whose rounding is learned: those on a grid; biases follow from them."""
-    return [name for name in module.weights if name in table and table[name].spec.bits < BIAS_BITS]
-
-
-def loss_of(outputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """L = sum over outputs of mean over batch and space of the sum over channels of squared differences (as MQBench and BRECQ have it).
-
-    The channel axis is 1, but the last for sequences [N, T, C].
-    """
-    terms = [
-        (outputs[name] - target).square_().sum(dim=2 if target.dim() == 3 else min(1, target.dim() - 1)).mean()
-        for name, target in targets.items()
-    ]
-    return torch.stack(terms).sum()
-
-
-@torch.no_grad()
-def full_loss(outputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> float:
-    """`loss_of` over all samples, a chunk at a time to bound the memory."""
-    count = len(next(iter(targets.values())))
-    total = 0.0
-    for start in range(0, count, 64):
-        chunk = {name: target[start : start + 64] for name, target in targets.items()}
-        size = len(next(iter(chunk.values())))
-        total += float(loss_of({name: outputs[name][start : start + 64] for name in chunk}, chunk)) * size
-    return total / count
-
-
-@torch.no_grad()
-def energy(targets: Mapping[str, torch.Tensor]) -> float:
-    """The loss of an all-zero output: what the energy-normalised loss divides by."""
-    return full_loss({name: torch.zeros_like(target[:1]).expand_as(target) for name, target in targets.items()}, targets)
+def learned_weights(module: Piece, table: QuantTable, done: AbstractSet[str] = frozenset()) -> list[str]:
+    """The weights of a unit whose rounding is learned: those on a grid that no unit before it has (`done`); biases follow from them."""
+    return [name for name in module.weights if name in table and table[name].spec.bits < BIAS_BITS and name not in done]
 
 
 def reconstruct_unit(
     *,
     piece: TorchBlock,
     floats: Mapping[str, np.ndarray],
-    inputs: Mapping[str, torch.Tensor],
-    float_inputs: Mapping[str, torch.Tensor],
-    targets: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Value],
+    float_inputs: Mapping[str, Value],
+    targets: Mapping[str, Value],
+    passes: Passes,
+    device: torch.device,
     table: QuantTable,
+    done: AbstractSet[str],
     finish: Callable[[QuantTable], QuantTable],
     settings: Settings,
     seed: int,
     progress: Progress,
-) -> tuple[UnitResult, dict[str, torch.Tensor]]:
+) -> tuple[UnitResult, dict[str, Value]]:
     """Learn the rounding of a unit's weights and the steps of the activations it makes.
 
     Args:
         piece: the unit.
         floats: float weights and biases by name.
-        inputs: the unit's inputs in the quantized stream [N, ...].
+        inputs: the unit's inputs in the quantized stream.
         float_inputs: the same in the float stream; with keep_probability < 1 the two are mixed element-wise.
         targets: the float unit's outputs for `float_inputs`.
+        passes: how the samples of these are split.
+        device: where they are.
         table: grids of the unit's activations and weights, with the codes of rounding to nearest.
+        done: weights that an earlier unit shares and has learned; they are left alone.
         finish: completes a table with what follows from it (biases, tied values).
         settings: hyper-parameters.
         seed: of the mini-batches and the dropping.
@@ -109,22 +88,23 @@ def reconstruct_unit(
         The result, whose `changes` make the better of the two tables, and the unit's outputs in the quantized stream under that table.
     """
     started = time.perf_counter()
-    device = next(iter(inputs.values())).device
 
-    def outcome(candidate: QuantTable) -> tuple[float, dict[str, torch.Tensor]]:
+    def outcome(candidate: QuantTable) -> tuple[float, dict[str, Value]]:
         arrays = {name: candidate[name].dequantized() if name in candidate else floats[name] for name in piece.weights}
         constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in arrays.items()}
-        outputs = run_piece(piece, inputs, constants, quantizing(candidate))
-        return full_loss(outputs, targets), outputs
+        outputs = run_piece(piece, inputs, constants, passes, quantizing(candidate))
+        return full_loss(outputs, targets, passes), outputs
 
     before = finish(table)
     loss_before, outputs_before = outcome(before)
-    learned, curve, undecided = _learn(piece, floats, inputs, float_inputs, targets, table, settings, seed, progress)
+    weights = learned_weights(piece, table, done)
+    fixed = {name: table[name].dequantized() if name in done and name in table else floats[name] for name in piece.weights}
+    draw = Draw(inputs, float_inputs, targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
+    learned, curve, undecided = _learn(piece, weights, fixed, draw, table, settings, progress)
     after = finish(learned)
     loss_after, outputs_after = outcome(after)
     better = loss_after < loss_before
     best = after if better else before
-    weights = learned_weights(piece, table)
     flipped = sum(np.count_nonzero(after[name].codes != before[name].codes) for name in weights)
     result = UnitResult(
         unit=piece.block.name,
@@ -143,19 +123,16 @@ def reconstruct_unit(
 
 def _learn(
     piece: TorchBlock,
+    weights: Sequence[str],
     floats: Mapping[str, np.ndarray],
-    inputs: Mapping[str, torch.Tensor],
-    float_inputs: Mapping[str, torch.Tensor],
-    targets: Mapping[str, torch.Tensor],
+    draw: Draw,
     table: QuantTable,
     settings: Settings,
-    seed: int,
     progress: Progress,
 ) -> tuple[QuantTable, tuple[tuple[int, float], ...], float]:
-    device = next(iter(inputs.values())).device
-    generator = torch.Generator(device).manual_seed(seed)
-    rounding = _Rounding({name: floats[name] for name in learned_weights(piece, table)}, table, device)
-    constants = {name: laid_out(torch.tensor(floats[name])).to(device) for name in piece.weights}
+    device, generator = draw.device, draw.generator
+    rounding = _Rounding({name: floats[name] for name in weights}, table, device)
+    constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in floats.items()}
     made = [value for node in piece.block.nodes for value in node.outputs]
     grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
     learns_steps = settings.activation_lr > 0 and not all(grid.fixed for grid in grids.values())
@@ -171,21 +148,21 @@ def _learn(
         if name not in factors:
             return x
         spec, zero_point = grids[name].spec, int(grids[name].zero_point)
-        keep = _coins(x, settings.keep_probability, generator) if mixes else None
+        keep = coins(x, settings.keep_probability, generator) if mixes else None
         step = calibrated[name] * factors[name]
         return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, keep)  # pyright: ignore[reportReturnType]
 
-    count = len(next(iter(inputs.values())))
     every = max(settings.iterations // _CURVE_POINTS, 1)
     curve: list[tuple[int, float]] = []
     for iteration in range(settings.iterations):
-        rows = torch.randperm(count, generator=generator, device=device)[: settings.batch_size]
-        fed = {name: _rows(tensor, rows) for name, tensor in inputs.items()}
-        if mixes:
-            fed = {n: _mixed(tensor, _rows(float_inputs[n], rows), settings.keep_probability, generator) for n, tensor in fed.items()}
-        outputs = piece(fed | constants | rounding.soft_weights(), quantize)
-        loss = loss_of(outputs, {name: _rows(target, rows) for name, target in targets.items()})
-        loss.backward()
+        soft, batches = rounding.soft_weights(), draw.selections()
+        loss = torch.zeros((), device=device)
+        for selection in batches:
+            fed, targets = draw.batch(selection, settings.keep_probability)
+            part = loss_of(piece(fed | constants | soft, quantize), targets, draw.shares) / len(batches)
+            if part.requires_grad:
+                part.backward()
+            loss += part.detach()
         rounding.set_gradient(settings.round_weight, _beta(iteration, settings))
         weight_optimizer.step()
         if step_optimizer is not None:
@@ -204,22 +181,6 @@ def _learn(
     return table.updated(changes), tuple(curve), rounding.undecided()
 
 
-def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A mini-batch of a cached value, in its layout: whole samples are contiguous in memory, so that this is a copy of rows."""
-    order = (0, 2, 3, 1) if tensor.dim() == 4 else tuple(range(tensor.dim()))
-    picked = torch.index_select(tensor.permute(order).reshape(len(tensor), -1), 0, rows)
-    shape = [tensor.shape[axis] for axis in order[1:]]
-    picked = picked.view(len(rows), *shape)
-    return picked.permute(0, 3, 1, 2) if tensor.dim() == 4 else picked
-
-
-def _mixed(quantized: torch.Tensor, floats: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Each element from the quantized stream with the given probability, else from the float stream (QDrop). Overwrites `quantized`."""
-    if not quantized.is_floating_point():
-        return quantized
-    return torch.addcmul(floats, quantized.sub_(floats), _coins(quantized, probability, generator))
-
-
 def _beta(iteration: int, settings: Settings) -> float | None:
     """The regulariser's exponent: absent during the warm-up, then linear from beta_start to beta_end."""
     start = settings.warmup * settings.iterations
@@ -227,17 +188,6 @@ def _beta(iteration: int, settings: Settings) -> float | None:
         return None
     progress = (iteration - start) / max(settings.iterations - start, 1)
     return settings.beta_start + (settings.beta_end - settings.beta_start) * progress
-
-
-def _coins(like: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """1 with the given probability (to 1/256), else 0, independently for each element; in the layout and dtype of `like`.
-
-    Eight coins from each random 64-bit word: an order of magnitude cheaper on CPUs than a draw for each element.
-    """
-    words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
-    coins = torch.empty_like(like)
-    coins.copy_(words.view(torch.uint8)[: like.numel()].as_strided(coins.shape, coins.stride()))
-    return coins.lt_(round(probability * 256))
 
 
 class _Rounding:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from . import capacity
 from .config import PRESETS, Config, DataConfig, resolved
+from .islands import island_rows
 from .pipeline import Quantized
 from .plan import BlockRow, Plan
 from .quant_table import BIAS_BITS, QuantTable
@@ -57,6 +58,7 @@ def run_report(
             "oscillation": oscillations(quantized),
             "coverage": coverage(source, quantized.table),
             "float_nodes": [asdict(row) for row in quantized.placement.floats],
+            "islands": [asdict(row) for row in island_rows(source, [row.block for row in quantized.plan.rows], quantized.islands)],
             "grids": grids(quantized.table),
             "validation": {**validation_report(validation), "evaluated_on": evaluated_on},
             "seconds": {**quantized.seconds, "total": round(seconds, 3), "best_preset_estimate": best_estimate(config, quantized)},
@@ -98,6 +100,7 @@ def block_report(row: BlockRow) -> dict[str, Any]:
         "layers": list(block.weighted),
         "weights": sum(size for size, _ in row.traits.layers),
         "is_residual": block.is_residual,
+        "is_island": block.is_island,
         "opens_stage": row.traits.is_transition,
         "capacity": row.capacity,
         "loss": row.loss,
@@ -226,6 +229,8 @@ def quantize_summary(report: dict[str, Any]) -> Group:
             facts.append(("kept as calibrated", f"{', '.join(worse)} (reconstruction ended with a larger loss)"))
         if config["preset"] != "best" or "iterations" in config:
             facts.append(("--preset best", f"would reconstruct for about {_duration(seconds['best_preset_estimate'])} here"))
+    for line in island_lines(report["islands"]):
+        facts.append(("float island", line))
     for row in report["float_nodes"]:
         facts.append(("stays float", f"{row['op_type']} {row['node']}: {row['reason']}"))
     table = Table.grid(padding=(0, 2))
@@ -253,7 +258,7 @@ def block_table(plan: dict[str, Any]) -> Table:
         table.add_row(
             block["name"],
             unit if "+" in unit else "",
-            "residual" if block["is_residual"] else "chain" if block["layers"] else "no weights",
+            _kind(block),
             "stage" if block["opens_stage"] and block["layers"] else "",
             str(len(block["layers"])),
             f"{block['weights']:,}",
@@ -301,6 +306,25 @@ def _table(title: str, *columns: str) -> Table:
         justify = "right" if column.endswith(">") else "left"
         table.add_column(column.removesuffix(">"), justify=justify, no_wrap=not is_last, overflow="ellipsis")
     return table
+
+
+def _kind(block: dict[str, Any]) -> str:
+    if block["is_island"]:
+        return "float island"
+    return "residual" if block["is_residual"] else "chain" if block["layers"] else "no weights"
+
+
+def island_lines(islands: list[dict[str, Any]]) -> list[str]:
+    """One line for each reason why nodes are left to ONNX Runtime."""
+    why: dict[str, list[dict[str, Any]]] = {}
+    for island in islands:
+        why.setdefault("; ".join(island["reasons"]), []).append(island)
+    lines = []
+    for reason, rows in why.items():
+        count, weights = sum(len(row["nodes"]) for row in rows), sum(row["weights"] for row in rows)
+        held = f", with {weights:,} weights" if weights else ""
+        lines.append(f"{count} {'node' if count == 1 else 'nodes'}{held}: {reason} ({', '.join(row['block'] for row in rows)})")
+    return lines
 
 
 def _algorithm(config: Config) -> str:

@@ -4,9 +4,11 @@ import ctypes
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,6 +22,8 @@ Session = ort.InferenceSession
 BATCH = 64  # samples per run when the model leaves its batch axis open
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+# How ONNX Runtime spells element types: `float` is FLOAT, the others are as in ONNX.
+_ELEMENT_TYPES: Mapping[str, int] = {name.lower(): number for name, number in onnx.TensorProto.DataType.items()}
 
 
 class Optimization(Enum):
@@ -74,37 +78,142 @@ def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
-    """Run a session over all samples [N, ...] in batches and return its outputs, concatenated along the sample axis.
+    """Run a session over all samples in batches and return its outputs, joined along the first axis.
 
     A model whose batch axis is fixed is fed that many samples at a time; a last incomplete batch is filled up and the filling cut off.
+    Outputs whose shapes differ from batch to batch (detections) are joined as flat arrays.
+
+    Args:
+        opened: the session.
+        feeds: arrays [N, one sample's shape] by input name; see `batched`.
+        names: of the outputs; default all.
     """
     names = list(names) if names is not None else [output.name for output in opened.get_outputs()]
-    fixed = fixed_batch(opened)
-    batch = fixed or BATCH
-    count = len(next(iter(feeds.values())))
-    chunks: list[list[np.ndarray]] = []
-    for start in range(0, count, batch):
-        part = {name: array[start : start + batch] for name, array in feeds.items()}
-        size = len(next(iter(part.values())))
-        if fixed and size < batch:
-            part = {name: np.concatenate([array, np.repeat(array[-1:], batch - size, axis=0)]) for name, array in part.items()}
-        chunks.append([array[:size] if array.ndim else array for array in map(np.asarray, opened.run(names, part))])
-    return {name: np.concatenate([np.atleast_1d(c[i]) for c in chunks]) for i, name in enumerate(names)}
+    found: list[list[Any]] = []
+    for fed, size, count in batches(opened, feeds):
+        results = map(np.asarray, execute(opened, fed, names).values())
+        found.append([array[:count] if array.ndim and array.shape[0] == size else array for array in results])
+    return {name: joined([parts[index] for parts in found]) for index, name in enumerate(names)}
+
+
+def batches(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:
+    """The samples as the session takes them: (feeds, samples fed, how many of them are real) for each run."""
+    axes = sample_axes({entry.name: entry.shape for entry in opened.get_inputs()})
+    size = fixed_batch(opened) or (1 if differing(feeds, axes) else BATCH)
+    count = len(next(iter(feeds.values()))) if feeds else 1
+    for start in range(0, count, size):
+        rows = np.arange(start, min(start + size, count))
+        filled = np.resize(rows, size) if fixed_batch(opened) else rows
+        yield batched({name: array[filled] for name, array in feeds.items()}, axes), len(filled), len(rows)
+
+
+def batched(feeds: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> dict[str, np.ndarray]:
+    """Arrays [N, one sample's shape] as a model wants them: samples along its own sample axis; what has none is fed once, not N times."""
+    return {
+        name: array if axes.get(name, 0) == 0 else array[0] if (axis := axes[name]) is None else np.moveaxis(array, 0, axis)
+        for name, array in feeds.items()
+    }
+
+
+def differing(feeds: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> bool:
+    """Whether samples differ in an input without a sample axis, so that each needs a run of its own."""
+    return any(axes.get(name, 0) is None and array.strides[0] != 0 and (array != array[:1]).any() for name, array in feeds.items())
+
+
+def sample_axes(shapes: Mapping[str, Sequence[int | str | None]]) -> dict[str, int | None]:
+    """Which axis of each input counts samples, told from the declared shapes; None for inputs that all samples share.
+
+    Axis 0 where it is open. Where it is fixed and another input's is open, the axis of the same name, or the only open one (a recurrent
+    state [layers, N, width]). A model without open axes takes as many samples as the first axis of its largest input says.
+    """
+    first = {shape[0] for shape in shapes.values() if shape and not _is_fixed(shape[0])}
+    largest = max(shapes.values(), key=len, default=())
+    return {name: _sample_axis(shape, first or set(largest[:1])) for name, shape in shapes.items()}
+
+
+def input_axes(model: onnx.ModelProto) -> dict[str, int | None]:
+    """`sample_axes` of a model's inputs."""
+    return sample_axes({value.name: declared_shape(value) for value in model.graph.input})
+
+
+def declared_shape(value: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
+    """A value's axes: an int where fixed, else a name or None."""
+    dims = value.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None) for d in dims)
+
+
+def _sample_axis(shape: Sequence[int | str | None], counts: AbstractSet[int | str | None]) -> int | None:
+    if not shape:
+        return None
+    if any(_is_fixed(count) for count in counts):
+        return next((axis for axis, size in enumerate(shape) if size in counts), None)
+    if not _is_fixed(shape[0]):
+        return 0
+    found = [axis for axis, size in enumerate(shape) if not _is_fixed(size)]
+    named = [axis for axis in found if shape[axis] in counts]
+    return named[0] if named else found[0] if len(found) == 1 else None
+
+
+def _is_fixed(size: int | str | None) -> bool:
+    return isinstance(size, int) and size > 0
+
+
+def joined(parts: list[np.ndarray]) -> np.ndarray:
+    """The results of several runs as one array: along the first axis, or flat where their shapes differ beyond it."""
+    parts = [np.atleast_1d(part) for part in parts]
+    same = all(part.shape[1:] == parts[0].shape[1:] for part in parts)
+    return np.concatenate(parts if same else [part.reshape(-1) for part in parts])
 
 
 def fixed_batch(opened: ort.InferenceSession) -> int | None:
     """The sample count that the model insists on, or None where it takes any."""
-    sizes = [entry.shape[0] for entry in opened.get_inputs() if entry.shape and isinstance(entry.shape[0], int) and entry.shape[0] > 0]
-    return sizes[0] if sizes else None
+    shapes = {entry.name: entry.shape for entry in opened.get_inputs()}
+    sizes = [shapes[name][axis] for name, axis in sample_axes(shapes).items() if axis is not None]
+    return next((size for size in sizes if _is_fixed(size)), None)
 
 
-def run_exposed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Run a model and return values from inside it by name."""
+def exposing(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:
+    """A session on a model whose outputs are values from inside it; values that are no outputs of a node cannot be asked for."""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     del exposed.graph.output[:]
     exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return run(session(exposed, optimization=Optimization.BASIC), feeds, names)
+    return session(exposed, optimization=Optimization.BASIC)
+
+
+def run_exposed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Run a model and return values from inside it by name."""
+    return run(exposing(model, names), feeds, names)
+
+
+def execute(opened: ort.InferenceSession, feeds: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """One run of a session on feeds in the model's own layout. Values are arrays, or lists of them for sequences.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime fails on these values.
+    """
+    try:
+        return dict(zip(names, opened.run(list(names), dict(feeds)), strict=True))
+    except Exception as error:  # as in `_open`
+        raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot run the model: {_first_line(error)}") from error
+
+
+def declared_types(opened: ort.InferenceSession) -> dict[str, onnx.TypeProto]:
+    """The types of a session's outputs as ONNX Runtime infers them, without shapes."""
+    return {entry.name: _type_proto(entry.type) for entry in opened.get_outputs()}
+
+
+def _type_proto(text: str) -> onnx.TypeProto:
+    """From ONNX Runtime's spelling, such as `seq(tensor(float))`."""
+    kind, _, inner = text.removesuffix(")").partition("(")
+    if kind in ("tensor", "sparse_tensor"):
+        return onnx.helper.make_tensor_type_proto(_ELEMENT_TYPES.get(inner, onnx.TensorProto.UNDEFINED), None)
+    if kind == "seq":
+        return onnx.helper.make_sequence_type_proto(_type_proto(inner))
+    if kind == "optional":
+        return onnx.helper.make_optional_type_proto(_type_proto(inner))
+    key, _, value = inner.partition(",")
+    return onnx.helper.make_map_type_proto(_ELEMENT_TYPES[key], _type_proto(value))
 
 
 def _open(model: onnx.ModelProto | Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:

@@ -67,7 +67,10 @@ PRESETS: Mapping[str, Preprocessing] = {
 
 @dataclass(frozen=True)
 class Samples:
-    """Arrays [N, ...] by input name in the model's own layout, and the labels [N] where there are any."""
+    """Arrays [N, one sample's shape] by input name, and the labels [N] where there are any.
+
+    Samples come first here whatever axis of the model's input counts them; `runtime.batched` gives them the model's layout.
+    """
 
     inputs: Mapping[str, np.ndarray]
     labels: np.ndarray | None = None
@@ -87,6 +90,10 @@ class Samples:
     def chosen(self, count: int, seed: int) -> "Samples":
         """At most `count` samples, drawn without replacement (data files are often sorted by class)."""
         return self.taken(np.random.default_rng(seed).permutation(self.count)[:count])
+
+    def whole(self, batch: int | None) -> "Samples":
+        """As many samples as fill batches of a fixed size; one batch, filled up by repetition, where there are fewer."""
+        return self if batch is None else self.taken(np.arange(max(self.count // batch, 1) * batch) % self.count)
 
     def taken(self, rows: np.ndarray) -> "Samples":
         return Samples({name: array[rows] for name, array in self.inputs.items()}, None if self.labels is None else self.labels[rows])
@@ -118,12 +125,13 @@ def load_samples(
         samples = _from_function(place, specs, option, limit)
     else:
         raise DataError(f"{option} {place}: no such file or folder (expected .npz, .npy, an image folder, or module:function)")
-    check_samples(samples, specs, f"{option} {place}")
-    return samples
+    return check_samples(samples, specs, f"{option} {place}")
 
 
-def check_samples(samples: Samples, specs: Sequence[InputSpec], where: str) -> None:
-    """Compare names, dtypes, shapes, counts and values with what the model takes.
+def check_samples(samples: Samples, specs: Sequence[InputSpec], where: str) -> Samples:
+    """Compare names, dtypes, shapes, counts and values with what the model takes, and bring the sample axis to the front.
+
+    An input without a sample axis (a sampling rate) may be given once, in its own shape, for all samples.
 
     Raises:
         DataError: saying what was expected and what came.
@@ -138,30 +146,48 @@ def check_samples(samples: Samples, specs: Sequence[InputSpec], where: str) -> N
         if name not in names:
             raise DataError(f"{where}: {name!r} is no input of the model; its inputs are {', '.join(map(str, specs))}")
     for spec in specs:
-        array = samples.inputs[spec.name]
-        if array.dtype != spec.dtype:
-            raise DataError(
-                f"{where}: input {spec.name!r} expects {spec.dtype}, got {array.dtype}; convert it with .astype(np.{spec.dtype})"
-            )
-        fits = array.ndim == len(spec.shape) and all(
-            not isinstance(want, int) or want == got for want, got in zip(spec.shape[1:], array.shape[1:], strict=True)
-        )
-        if not fits:
-            wanted = ["N", *(d if d is not None else "?" for d in spec.shape[1:])]
-            raise DataError(f"{where}: input {spec.name!r} expects shape {_dims(wanted)}, got {_dims(array.shape)}")
-        if array.size == 0:
-            raise DataError(f"{where}: input {spec.name!r} has no samples (shape {_dims(array.shape)})")
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            sample = int(np.argwhere(~np.isfinite(array))[0][0])
-            raise DataError(f"{where}: input {spec.name!r} has NaN or infinite values, the first in sample {sample}")
-    counts = {name: len(array) for name, array in samples.inputs.items()}
+        _check_array(samples.inputs[spec.name], spec, where)
+    arrays = {spec.name: samples.inputs[spec.name] for spec in specs}
+    counts = {spec.name: arrays[spec.name].shape[spec.axis or 0] for spec in specs if not _is_shared(arrays[spec.name], spec)}
     if len(set(counts.values())) > 1:
         raise DataError(f"{where}: the inputs have different numbers of samples: {counts}")
+    count = next(iter(counts.values()), 1)
     if samples.labels is not None:
         if samples.labels.ndim != 1 or samples.labels.dtype.kind not in "iu":
             raise DataError(f"{where}: {LABELS!r} must be integers of shape [N], got {samples.labels.dtype}{_dims(samples.labels.shape)}")
-        if len(samples.labels) != samples.count:
-            raise DataError(f"{where}: {len(samples.labels)} labels for {samples.count} samples")
+        if len(samples.labels) != count:
+            raise DataError(f"{where}: {len(samples.labels)} labels for {count} samples")
+    return Samples({spec.name: _samples_first(arrays[spec.name], spec, count) for spec in specs}, samples.labels)
+
+
+def _check_array(array: np.ndarray, spec: InputSpec, where: str) -> None:
+    if array.dtype != spec.dtype and not (spec.dtype.kind == "O" and array.dtype.kind == "U"):
+        raise DataError(f"{where}: input {spec.name!r} expects {spec.dtype}, got {array.dtype}; convert it with .astype(np.{spec.dtype})")
+    wanted: list[object] = [d if d is not None else "?" for d in spec.shape]
+    if spec.axis is not None:
+        wanted[spec.axis] = "N"
+    own = array.shape if array.ndim == len(spec.shape) or spec.axis is not None else array.shape[1:]
+    fits = len(own) == len(wanted) and all(not isinstance(want, int) or want == got for want, got in zip(wanted, own, strict=True))
+    if not fits:
+        raise DataError(f"{where}: input {spec.name!r} expects shape {_dims(wanted)}, got {_dims(array.shape)}")
+    if array.size == 0:
+        raise DataError(f"{where}: input {spec.name!r} has no samples (shape {_dims(array.shape)})")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        first = np.argwhere(~np.isfinite(array))[0]
+        sample = int(first[spec.axis or 0]) if array.ndim else 0
+        raise DataError(f"{where}: input {spec.name!r} has NaN or infinite values, the first in sample {sample}")
+
+
+def _is_shared(array: np.ndarray, spec: InputSpec) -> bool:
+    """Whether an input without a sample axis was given once for all samples."""
+    return spec.axis is None and array.ndim == len(spec.shape)
+
+
+def _samples_first(array: np.ndarray, spec: InputSpec, count: int) -> np.ndarray:
+    array = array.astype(object) if array.dtype.kind == "U" else array
+    if _is_shared(array, spec):
+        return np.broadcast_to(array, (count, *array.shape))
+    return np.moveaxis(array, spec.axis, 0) if spec.axis else array
 
 
 def check_labels(labels: np.ndarray, classes: int, where: str) -> None:

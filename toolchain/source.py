@@ -1,33 +1,46 @@
 """Load a float ONNX model, check it, and bring it into the one form that every later stage works on."""
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import TensorProto, helper, inliner, numpy_helper, shape_inference, version_converter
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from . import runtime
 from .errors import UnsupportedModelError
 from .graph import Graph, Node, schedule
+from .normalise import normalised, read, subgraphs
 
-MIN_OPSET = 13  # the first with per-channel QuantizeLinear / DequantizeLinear
 _QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+Shape = tuple[int | None, ...]
 _LARGE = 1024  # elements; shape inference needs the values of shapes and axes, never those of weights
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A graph input: `shape` has an int for a fixed axis, a name or None for an open one; axis 0 is the sample axis."""
+    """A graph input: `shape` has an int for a fixed axis, a name or None for an open one; `axis` is the sample axis.
+
+    An input without a sample axis (None) is shared by all samples of a run: a sampling rate, a threshold.
+    """
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...]
+    axis: int | None = 0
+
+    @property
+    def sample_shape(self) -> tuple[int | str | None, ...]:
+        """The shape of one sample."""
+        return self.shape if self.axis is None else (*self.shape[: self.axis], *self.shape[self.axis + 1 :])
+
+    def full_shape(self, count: int, sample: Sequence[int]) -> tuple[int, ...]:
+        """The input's shape for `count` samples of a shape."""
+        return tuple(sample) if self.axis is None else (*sample[: self.axis], count, *sample[self.axis :])
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}{[d if d is not None else '?' for d in self.shape]}"
@@ -55,6 +68,12 @@ class SourceModel:
             array.setflags(write=False)
         return MappingProxyType(arrays)
 
+    @property
+    def batch(self) -> int | None:
+        """The number of samples that the inputs declare, or None where it is open."""
+        sizes = [spec.shape[spec.axis] for spec in self.inputs if spec.axis is not None]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
     @cached_property
     def opset(self) -> int:
         return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -68,12 +87,18 @@ class SourceModel:
 class ValueTypes:
     """What is known of the values for given input shapes: element type, shape of one sample, and which are arrays of samples.
 
-    `batched` holds the float32 values whose first axis is the sample axis: those that may be cached, quantized and learned on.
+    `stacked` holds the values whose first axis is the sample axis, `batched` the float32 ones of them. `shared` holds those whose shape
+    does not follow the number of samples, and those that are not float32. `others` has the types of values that are no tensors. `batch` is
+    the number of samples that every run must have, None where any number will do.
     """
 
     dtypes: Mapping[str, int]
     shapes: Mapping[str, tuple[int, ...]]
     batched: frozenset[str]
+    stacked: frozenset[str] = frozenset()
+    shared: frozenset[str] = frozenset()
+    others: Mapping[str, onnx.TypeProto] = field(default_factory=dict)
+    batch: int | None = None
 
 
 def load_source(path: str | Path) -> SourceModel:
@@ -83,13 +108,13 @@ def load_source(path: str | Path) -> SourceModel:
         UnsupportedModelError: not an ONNX file, fails the checker, is quantized already, or ONNX Runtime does not load it.
     """
     path = Path(path)
-    model = _read(path)
+    model = read(path)
     quantized = [n for n in model.graph.node if n.op_type in _QUANTIZED_OPS or n.op_type.startswith("QLinear")]
     if quantized:
         raise UnsupportedModelError(
             f"{path}: is quantized already (node {quantized[0].name!r}, {quantized[0].op_type}); give the float model it was made from"
         )
-    model = _normalised(model, path)
+    model = normalised(model, path)
     nodes = schedule([_node(proto) for proto in model.graph.node], [output.name for output in model.graph.output])
     if not nodes:
         raise UnsupportedModelError(f"{path}: the graph computes nothing from its inputs; there is nothing to quantize")
@@ -98,7 +123,7 @@ def load_source(path: str | Path) -> SourceModel:
     ordered = [protos[node.name] for node in nodes]
     del model.graph.node[:]
     model.graph.node.extend(ordered)
-    inputs = tuple(_input_spec(value) for value in model.graph.input if value.name not in constants)
+    inputs = _input_specs([value for value in model.graph.input if value.name not in constants], path)
     graph = Graph(nodes, tuple(spec.name for spec in inputs), tuple(output.name for output in model.graph.output), constants)
     if not graph.weighted:
         raise UnsupportedModelError(
@@ -107,149 +132,133 @@ def load_source(path: str | Path) -> SourceModel:
     return SourceModel(path, hashlib.sha256(path.read_bytes()).hexdigest(), model, graph, inputs)
 
 
-def infer_types(source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]]) -> ValueTypes:
+def infer_types(
+    source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]], examples: Mapping[str, np.ndarray] | None = None
+) -> ValueTypes:
     """Infer types and shapes for inputs of the given shapes (one sample each, without the sample axis).
 
-    Shapes are inferred for two different batch sizes; a value whose first axis follows and whose other axes stay is an array of samples.
+    Shapes are inferred for two different numbers of samples; a value whose first axis follows and whose other axes stay is an array of
+    samples. What ONNX's own inference does not know (custom operators, shapes that follow from data), ONNX Runtime is asked for.
+
+    Args:
+        source: the model.
+        sample_shapes: by input name.
+        examples: samples [N, ...] to run where values must be looked at; without them, random ones.
     """
-    small, large = (_inferred(source, sample_shapes, batch) for batch in (2, 3))
-    dtypes = {name: dtype for name, (dtype, _) in small.items()}
+    examples = examples if examples is not None else _random(source, sample_shapes)
+    batch = None if _takes_any_batch(source, examples) else source.batch
+    sizes = (2, 3) if batch is None else (batch, batch)
+    known = [_inferred(source, sample_shapes, size) for size in sizes]
+    values = [value for node in source.graph.nodes for value in node.outputs if value]
+    unknown = [v for v in values if any(None in (found.get(v, (0, None))[1] or (None,)) or not found[v][0] for found in known)]
+    others: Mapping[str, onnx.TypeProto] = {}
+    if unknown:
+        others = _ask_runtime(source, examples, unknown, sizes, known)
+    dtypes = {name: dtype for name, (dtype, _) in known[0].items() if dtype}
     shapes: dict[str, tuple[int, ...]] = {}
-    batched: set[str] = set()
-    for name, (dtype, shape) in small.items():
-        other = large[name][1] if name in large else None
-        if not shape or not other or None in shape or None in other:
+    stacked: set[str] = set()
+    shared = {name for name, dtype in dtypes.items() if dtype != TensorProto.FLOAT}
+    for name, (_, shape) in known[0].items():
+        other = known[1].get(name, (0, None))[1]
+        if shape is None or other is None or None in shape or None in other:
+            continue
+        if batch is None and shape == other:
+            shared.add(name)
+        if not shape:
             continue
         shapes[name] = tuple(d for d in shape[1:] if d is not None)
-        if dtype == TensorProto.FLOAT and shape[0] == 2 and other[0] == 3 and shape[1:] == other[1:]:
-            batched.add(name)
-    return ValueTypes(MappingProxyType(dtypes), MappingProxyType(shapes), frozenset(batched))
+        if (shape[0], other[0]) == sizes and shape[1:] == other[1:]:
+            stacked.add(name)
+    floats = {name for name in stacked if dtypes.get(name) == TensorProto.FLOAT}
+    return ValueTypes(
+        MappingProxyType(dtypes), MappingProxyType(shapes), frozenset(floats), frozenset(stacked), frozenset(shared), others, batch
+    )
 
 
-def _read(path: Path) -> onnx.ModelProto:
-    if not path.is_file():
-        raise UnsupportedModelError(f"{path}: no such file")
-    try:
-        model = onnx.load(path)
-    except DecodeError:
-        raise UnsupportedModelError(f"{path}: not an ONNX file, or cut short (the protobuf cannot be parsed)") from None
-    except (onnx.checker.ValidationError, OSError, ValueError) as error:
-        raise UnsupportedModelError(f"{path}: cannot be read: {error}") from error
-    if not model.graph.node or not model.opset_import:
-        raise UnsupportedModelError(f"{path}: not an ONNX model (no nodes or no operator set)")
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise UnsupportedModelError(f"{path}: is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
+def opened(source: SourceModel) -> onnx.ModelProto:
+    """A copy of the model whose inputs declare an open sample axis, and nothing else of its values."""
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    axes = {spec.name: spec.axis for spec in source.inputs}
+    for value in model.graph.input:
+        if (axis := axes.get(value.name)) is not None:
+            value.type.tensor_type.shape.dim[axis].dim_param = "samples"
+    outputs = [onnx.ValueInfoProto(name=output.name) for output in model.graph.output]
+    del model.graph.output[:], model.graph.value_info[:]
+    model.graph.output.extend(outputs)
     return model
 
 
-def _normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    original_names = {tensor.name for tensor in model.graph.initializer}
-    domains = {entry.domain for entry in model.opset_import}
-    if model.functions:
-        model = inliner.inline_local_functions(model)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < MIN_OPSET:
+def _random(source: SourceModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Three samples of noise: unit normals, and 0 or 1 where the input is not float."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for spec in source.inputs:
+        size = (3, *shapes[spec.name])
+        drawn = rng.normal(size=size) if spec.dtype.kind == "f" else rng.integers(0, 2, size)
+        array = drawn.astype(str).astype(object) if spec.dtype.kind in "OSU" else drawn.astype(spec.dtype)
+        arrays[spec.name] = array if spec.axis is not None else np.broadcast_to(array[:1], size)
+    return arrays
+
+
+def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) -> bool:
+    """Whether a model with a declared batch size gives each sample the same result in a batch of another size."""
+    if source.batch is None:
+        return True
+    axes = {spec.name: spec.axis for spec in source.inputs}
+    if runtime.differing(examples, axes):
+        return False
+    count = source.batch
+    once = {name: array[np.arange(count) % len(array)] for name, array in examples.items()}
+    twice = {name: np.concatenate([array, array]) if axes[name] is not None else array for name, array in once.items()}
+    names = list(source.graph.outputs)
+    try:
+        session = runtime.session(opened(source))
+        one, two = (runtime.execute(session, runtime.batched(feeds, axes), names) for feeds in (once, twice))
+    except UnsupportedModelError:
+        return False
+    return all(
+        np.shape(two[name]) == (2 * count, *np.shape(one[name])[1:])
+        and np.allclose(two[name][count:], one[name], rtol=1e-3, atol=1e-3 * np.abs(one[name]).max(initial=0), equal_nan=True)
+        for name in names
+        if np.shape(one[name])[:1] == (count,)
+    ) and any(np.shape(one[name])[:1] == (count,) for name in names)
+
+
+def _ask_runtime(
+    source: SourceModel,
+    examples: Mapping[str, np.ndarray],
+    names: list[str],
+    sizes: tuple[int, int],
+    known: "list[dict[str, tuple[int, Shape | None]]]",
+) -> dict[str, onnx.TypeProto]:
+    """Add the element types, and the shapes of a run, of values that inference does not know; return what are no tensors, with types."""
+    axes = {spec.name: spec.axis for spec in source.inputs}
+    session = runtime.exposing(opened(source), names)
+    types = runtime.declared_types(session)
+    others = {name: kind for name, kind in types.items() if not kind.HasField("tensor_type")}
+    tensors = [name for name in names if name not in others]
+    for found in known:
+        found.update({name: (types[name].tensor_type.elem_type, None) for name in tensors})
+    if runtime.differing(examples, axes):
+        return others
+    for size, found in zip(sizes, known, strict=True):
+        feeds = {name: array[np.arange(size) % len(array)] for name, array in examples.items()}
         try:
-            model = version_converter.convert_version(model, MIN_OPSET)
-        except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
-            raise UnsupportedModelError(f"{path}: opset {opset} cannot be raised to {MIN_OPSET}: {error}") from error
-    model.ir_version = max(model.ir_version, 4)  # before 4 every initializer had to be a graph input, which blocks constant folding
-    constants = {tensor.name for tensor in model.graph.initializer}
-    for value in [value for value in model.graph.input if value.name in constants]:
-        model.graph.input.remove(value)
-    _name_nodes(model.graph)  # ONNX Runtime refuses two nodes of one name
-    model = runtime.cleaned(model)
-    used = {node.domain for node in model.graph.node} | {"", "ai.onnx"} | domains
-    imports = [entry for entry in model.opset_import if entry.domain in used]
-    del model.opset_import[:]
-    model.opset_import.extend(imports)
-    _restore_weight_names(model.graph, original_names)
-    _order_initializers(model.graph)
-    _name_nodes(model.graph)
-    _open_batch(model.graph)
-    return model
+            arrays = runtime.execute(session, runtime.batched(feeds, axes), tensors)
+        except UnsupportedModelError:
+            break  # these samples are nothing that the model can run on; it is calibrated on real ones
+        found.update({name: (types[name].tensor_type.elem_type, tuple(np.shape(array))) for name, array in arrays.items()})
+    return others
 
 
-def _restore_weight_names(graph: onnx.GraphProto, original: set[str]) -> None:
-    """Constants that absorbed another come back as `ConvBnFusion_W_<name>`; give them their own name again where it is free."""
-    taken = {tensor.name for tensor in graph.initializer}
-    renamed: dict[str, str] = {}
-    for tensor in graph.initializer:
-        prefix, _, rest = tensor.name.partition("Fusion_")
-        parts = rest.split("_") if prefix else []
-        name = next((n for n in ("_".join(parts[i:]) for i in range(len(parts))) if n in original and n not in taken), None)
-        if name is not None:
-            renamed[tensor.name] = name
-            taken.add(name)
-            tensor.name = name
-    for node in graph.node:
-        for index, value in enumerate(node.input):
-            if value in renamed:
-                node.input[index] = renamed[value]
-
-
-def _order_initializers(graph: onnx.GraphProto) -> None:
-    """ONNX Runtime writes them in hash order; order of first use makes two runs byte-identical. Unused ones are dropped."""
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    outputs = [output.name for output in graph.output]
-    used = dict.fromkeys(name for name in [*_referenced(graph), *outputs] if name in tensors)
-    ordered = [tensors[name] for name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(ordered)
-
-
-def _referenced(graph: onnx.GraphProto) -> list[str]:
-    """All value names that nodes read, those in subgraphs (If, Loop, Scan) included."""
-    names: list[str] = []
-    for node in graph.node:
-        names.extend(node.input)
-        for attribute in node.attribute:
-            for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                names.extend(_referenced(subgraph))
-    return names
-
-
-def _name_nodes(graph: onnx.GraphProto) -> None:
-    taken: set[str] = set()
-    for index, node in enumerate(graph.node):
-        base = node.name or f"{node.op_type}_{index}"
-        name, suffix = base, 1
-        while name in taken:
-            name, suffix = f"{base}_{suffix}", suffix + 1
-        taken.add(name)
-        node.name = name
-
-
-def _open_batch(graph: onnx.GraphProto) -> None:
-    """Let reshapes of a fixed-batch model copy their first axis (0) instead of naming it, so that it can be run on any batch.
-
-    The declared input shape stays, and so does every result for the declared batch.
-    """
-    batches = {value.type.tensor_type.shape.dim[0].dim_value for value in graph.input if value.type.tensor_type.shape.dim}
-    if len(batches) != 1 or 0 in batches:
-        return
-    batch = batches.pop()
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Reshape" and node.input[1] in tensors and not any(a.name == "allowzero" and a.i for a in node.attribute):
-            shape = numpy_helper.to_array(tensors[node.input[1]])
-            if len(shape) > 1 and shape[0] == batch:
-                name = f"{node.name}_shape"
-                graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]], np.int64), name))
-                node.input[1] = name
-
-
-def _inferred(
-    source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]], batch: int
-) -> dict[str, tuple[int, tuple[int | None, ...] | None]]:
+def _inferred(source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]], batch: int) -> dict[str, tuple[int, Shape | None]]:
     """Run ONNX shape inference on the graph without its weights and declared shapes."""
     graph = source.model.graph
     fed = []
     for spec in source.inputs:
         dtype = helper.np_dtype_to_tensor_dtype(spec.dtype)
-        fed.append(helper.make_tensor_value_info(spec.name, dtype, [batch, *sample_shapes[spec.name]]))
+        fed.append(helper.make_tensor_value_info(spec.name, dtype, spec.full_shape(batch, sample_shapes[spec.name])))
     large = [t for t in graph.initializer if int(np.prod(t.dims)) > _LARGE]
     fed += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large]
     kept = {t.name for t in large}
@@ -257,7 +266,7 @@ def _inferred(
     skeleton = helper.make_graph(list(graph.node), graph.name, fed, outputs, [t for t in graph.initializer if t.name not in kept])
     model = helper.make_model(skeleton, opset_imports=list(source.model.opset_import), ir_version=source.model.ir_version)
     inferred = shape_inference.infer_shapes(model, data_prop=True).graph
-    found: dict[str, tuple[int, tuple[int | None, ...] | None]] = {}
+    found: dict[str, tuple[int, Shape | None]] = {}
     for value in [*inferred.input, *inferred.value_info, *inferred.output]:
         tensor = value.type.tensor_type
         if not value.type.HasField("tensor_type") or value.name in kept:
@@ -269,17 +278,25 @@ def _inferred(
 
 def _node(proto: onnx.NodeProto) -> Node:
     """Values that subgraphs of a control-flow node capture are inputs too."""
-    captured = []
-    for attribute in proto.attribute:
-        for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-            made = {v for node in subgraph.node for v in node.output} | {v.name for v in subgraph.input}
-            captured += [v for v in _referenced(subgraph) if v not in made and v not in {t.name for t in subgraph.initializer}]
-    return Node(proto.name, proto.op_type, (*proto.input, *captured), tuple(proto.output), proto.domain)
+    captured = [name for subgraph in subgraphs(proto) for name in _captured(subgraph)]
+    return Node(proto.name, proto.op_type, (*proto.input, *dict.fromkeys(captured)), tuple(proto.output), proto.domain)
 
 
-def _input_spec(value: onnx.ValueInfoProto) -> InputSpec:
-    tensor = value.type.tensor_type
-    if not value.type.HasField("tensor_type") or not tensor.HasField("shape") or not tensor.shape.dim:
-        raise UnsupportedModelError(f"input {value.name!r}: only tensors with a sample axis are supported")
-    dims = tuple(d.dim_value if d.HasField("dim_value") and d.dim_value > 0 else (d.dim_param or None) for d in tensor.shape.dim)
-    return InputSpec(value.name, np.dtype(helper.tensor_dtype_to_np_dtype(tensor.elem_type)), dims)
+def _captured(graph: onnx.GraphProto) -> list[str]:
+    """The values that a subgraph takes from around it."""
+    own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+    own |= {value for node in graph.node for value in node.output}
+    read = [name for node in graph.node for name in (*node.input, *(n for inner in subgraphs(node) for n in _captured(inner)))]
+    return [name for name in [*read, *(output.name for output in graph.output)] if name and name not in own]
+
+
+def _input_specs(inputs: Iterable[onnx.ValueInfoProto], path: Path) -> tuple[InputSpec, ...]:
+    shapes: dict[str, tuple[int | str | None, ...]] = {}
+    for value in inputs:
+        tensor = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or not tensor.HasField("shape"):
+            raise UnsupportedModelError(f"{path}: input {value.name!r}: only tensors of known rank are supported")
+        shapes[value.name] = runtime.declared_shape(value)
+    axes = runtime.sample_axes(shapes)
+    kinds = {value.name: np.dtype(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)) for value in inputs}
+    return tuple(InputSpec(name, kinds[name], shape, axes[name]) for name, shape in shapes.items())

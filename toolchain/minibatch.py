@@ -1,0 +1,81 @@
+"""Mini-batches of a unit's cached inputs and targets, and the coins of QDrop."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .activations import Parts, Passes, Value
+from .losses import output_shares
+
+
+class Draw:
+    """Mini-batches of a unit's inputs and targets: samples at random where all of them are arrays of samples.
+
+    Otherwise whole forward passes at random, as many as it takes (the fixed batches of the MRECG release): a value that knows the number of
+    samples in a pass, such as a shape, fits no other selection.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Value],
+        float_inputs: Mapping[str, Value],
+        targets: Mapping[str, Value],
+        passes: Passes,
+        batch_size: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._inputs, self._floats, self._passes = inputs, float_inputs, passes
+        self.shares = output_shares(targets, passes)
+        self._targets = {name: targets[name] for name in self.shares}
+        self._batch_size = batch_size
+        self._by_pass = any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
+        self.generator, self.device = generator, generator.device
+
+    def selections(self) -> Sequence[torch.Tensor | int]:
+        """Rows, or the numbers of forward passes, of the next mini-batch."""
+        if not self._by_pass:
+            return [torch.randperm(self._passes.count, generator=self.generator, device=self.device)[: self._batch_size]]
+        count, wanted = len(list(self._passes)), max(round(self._batch_size / self._passes.size), 1)
+        return torch.randperm(count, generator=self.generator, device=self.device)[:wanted].tolist()
+
+    def batch(self, selection: torch.Tensor | int, keep_probability: float) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Inputs, mixed from both streams below probability 1, and targets."""
+        fed = {name: self._picked(value, selection) for name, value in self._inputs.items()}
+        if keep_probability < 1.0:
+            for name, value in fed.items():
+                if isinstance(value, torch.Tensor) and value.is_floating_point():
+                    fed[name] = _mixed(value, self._picked(self._floats[name], selection), keep_probability, self.generator)
+        return fed, {name: self._picked(target, selection) for name, target in self._targets.items()}
+
+    def _picked(self, value: Value, selection: torch.Tensor | int) -> Any:
+        if isinstance(selection, int):
+            part = self._passes.part(value, selection)
+            return part.clone() if isinstance(part, torch.Tensor) else part
+        assert isinstance(value, torch.Tensor)
+        return _rows(value, selection)
+
+
+def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """A mini-batch of a cached value, in its layout: whole samples are contiguous in memory, so that this is a copy of rows."""
+    order = (0, 2, 3, 1) if tensor.dim() == 4 else tuple(range(tensor.dim()))
+    picked = torch.index_select(tensor.permute(order).reshape(len(tensor), -1), 0, rows)
+    shape = [tensor.shape[axis] for axis in order[1:]]
+    picked = picked.view(len(rows), *shape)
+    return picked.permute(0, 3, 1, 2) if tensor.dim() == 4 else picked
+
+
+def _mixed(quantized: torch.Tensor, floats: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """Each element from the quantized stream with the given probability, else from the float stream (QDrop). Overwrites `quantized`."""
+    return torch.addcmul(floats, quantized.sub_(floats), coins(quantized, probability, generator))
+
+
+def coins(like: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """1 with the given probability (to 1/256), else 0, independently for each element; in the layout and dtype of `like`.
+
+    Eight coins from each random 64-bit word: an order of magnitude cheaper on CPUs than a draw for each element.
+    """
+    words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
+    coins = torch.empty_like(like)
+    coins.copy_(words.view(torch.uint8)[: like.numel()].as_strided(coins.shape, coins.stride()))
+    return coins.lt_(round(probability * 256))

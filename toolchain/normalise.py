@@ -1,0 +1,145 @@
+"""From an ONNX file to a checked protobuf in the one form that every later stage works on."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import inliner, numpy_helper, version_converter
+
+from . import runtime
+from .errors import UnsupportedModelError
+
+MIN_OPSET = 13  # the first with per-channel QuantizeLinear / DequantizeLinear
+
+
+def read(path: Path) -> onnx.ModelProto:
+    """Read a file and have ONNX check it.
+
+    Raises:
+        UnsupportedModelError: it is missing, cut short, or not valid ONNX.
+    """
+    if not path.is_file():
+        raise UnsupportedModelError(f"{path}: no such file")
+    try:
+        model = onnx.load(path)
+    except DecodeError:
+        raise UnsupportedModelError(f"{path}: not an ONNX file, or cut short (the protobuf cannot be parsed)") from None
+    except (onnx.checker.ValidationError, OSError, ValueError) as error:
+        raise UnsupportedModelError(f"{path}: cannot be read: {error}") from error
+    if not model.graph.node or not model.opset_import:
+        raise UnsupportedModelError(f"{path}: not an ONNX model (no nodes or no operator set)")
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        try:
+            runtime.session(model)  # the checker refuses some files that run: outputs without a shape, say
+        except UnsupportedModelError:
+            raise UnsupportedModelError(f"{path}: is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
+    return model
+
+
+def normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """Functions inlined, opset raised to 13, constants lifted and folded, every node named; value names stay.
+
+    Raises:
+        UnsupportedModelError: ONNX cannot raise its opset, or ONNX Runtime does not load it.
+    """
+    original_names = {tensor.name for tensor in model.graph.initializer}
+    domains = {entry.domain for entry in model.opset_import}
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    if opset < MIN_OPSET:
+        try:
+            model = version_converter.convert_version(model, MIN_OPSET)
+        except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
+            raise UnsupportedModelError(f"{path}: opset {opset} cannot be raised to {MIN_OPSET}: {error}") from error
+    model.ir_version = max(model.ir_version, 4)  # before 4 every initializer had to be a graph input, which blocks constant folding
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for value in [value for value in model.graph.input if value.name in constants]:
+        model.graph.input.remove(value)
+    _name_nodes(model.graph)  # ONNX Runtime refuses two nodes of one name
+    model = runtime.cleaned(model)
+    used = {node.domain for node in model.graph.node} | {"", "ai.onnx"} | domains
+    imports = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(imports)
+    _restore_weight_names(model.graph, original_names)
+    _order_initializers(model.graph)
+    _name_nodes(model.graph)
+    _open_batch(model.graph)
+    return model
+
+
+def _restore_weight_names(graph: onnx.GraphProto, original: set[str]) -> None:
+    """Constants that absorbed another come back as `ConvBnFusion_W_<name>`; give them their own name again where it is free."""
+    taken = {tensor.name for tensor in graph.initializer}
+    renamed: dict[str, str] = {}
+    for tensor in graph.initializer:
+        prefix, _, rest = tensor.name.partition("Fusion_")
+        parts = rest.split("_") if prefix else []
+        name = next((n for n in ("_".join(parts[i:]) for i in range(len(parts))) if n in original and n not in taken), None)
+        if name is not None:
+            renamed[tensor.name] = name
+            taken.add(name)
+            tensor.name = name
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            if value in renamed:
+                node.input[index] = renamed[value]
+
+
+def _order_initializers(graph: onnx.GraphProto) -> None:
+    """ONNX Runtime writes them in hash order; order of first use makes two runs byte-identical. Unused ones are dropped."""
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    outputs = [output.name for output in graph.output]
+    used = dict.fromkeys(name for name in [*referenced(graph), *outputs] if name in tensors)
+    ordered = [tensors[name] for name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(ordered)
+
+
+def referenced(graph: onnx.GraphProto) -> list[str]:
+    """All value names that nodes read, those in subgraphs (If, Loop, Scan) included."""
+    names: list[str] = []
+    for node in graph.node:
+        names.extend(node.input)
+        for subgraph in subgraphs(node):
+            names.extend(referenced(subgraph))
+    return names
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs that a control-flow node holds in its attributes."""
+    return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
+
+
+def _name_nodes(graph: onnx.GraphProto) -> None:
+    taken: set[str] = set()
+    for index, node in enumerate(graph.node):
+        base = node.name or f"{node.op_type}_{index}"
+        name, suffix = base, 1
+        while name in taken:
+            name, suffix = f"{base}_{suffix}", suffix + 1
+        taken.add(name)
+        node.name = name
+
+
+def _open_batch(graph: onnx.GraphProto) -> None:
+    """Let reshapes of a fixed-batch model copy their first axis (0) instead of naming it, so that it can be run on any batch.
+
+    The declared input shape stays, and so does every result for the declared batch.
+    """
+    batches = {value.type.tensor_type.shape.dim[0].dim_value for value in graph.input if value.type.tensor_type.shape.dim}
+    if len(batches) != 1 or 0 in batches:
+        return
+    batch = batches.pop()
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Reshape" and node.input[1] in tensors and not any(a.name == "allowzero" and a.i for a in node.attribute):
+            shape = numpy_helper.to_array(tensors[node.input[1]])
+            if len(shape) > 1 and shape[0] == batch:
+                name = f"{node.name}_shape"
+                graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]], np.int64), name))
+                node.input[1] = name
