@@ -24,9 +24,10 @@ from toolchain.errors import ExportError
 from toolchain.quant_table import QuantTable, TensorQuant, dequantize, quantize
 from toolchain.scheme import ORT_CPU, Scheme
 
-from .storage import Storage, storage_of
+from .storage import Storage, packed_storage_of, storage_of
 
 METADATA_PREFIX = "mrecg_onnx."
+_INT2_TARGETS = ("ort-cpu", "ort-cuda", "academic")  # runtimes other than ONNX Runtime have no 2-bit integers
 
 
 def export_qdq(
@@ -43,10 +44,9 @@ def export_qdq(
     Raises:
         ExportError: a grid has no ONNX type, or the opset cannot be raised to the one it needs.
     """
-    needed = max((storage_of(grid.spec).opset for grid in table.tensors.values()), default=0)
-    quantized = _at_opset(model, needed)
-    graph = quantized.graph
-    _Editor(graph, table, scheme).edit()
+    storages = _storages(model.graph, table, scheme)
+    quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))
+    _Editor(quantized.graph, table, scheme, storages).edit()
     onnx.helper.set_model_props(
         quantized,
         {entry.key: entry.value for entry in model.metadata_props}
@@ -87,27 +87,45 @@ def _complaint(model: onnx.ModelProto) -> str | None:
     return None
 
 
-def _at_opset(model: onnx.ModelProto, needed: int) -> onnx.ModelProto:
+def _storages(graph: onnx.GraphProto, table: QuantTable, scheme: Scheme) -> dict[str, Storage]:
+    """The type of each grid's codes."""
+    if scheme.storage == "fast":
+        return {name: storage_of(grid.spec) for name, grid in table.tensors.items()}
+    bytes_ = {name for name, grid in table.tensors.items() if grid.codes is None and grid.spec.bits <= 8}
+    beside = {value for node in graph.node if not bytes_.isdisjoint(node.input) for value in node.input}
+    has_int2 = scheme.name in _INT2_TARGETS
+    return {
+        name: storage_of(grid.spec) if grid.codes is None else packed_storage_of(grid.spec, name in beside or not has_int2)
+        for name, grid in table.tensors.items()
+    }
+
+
+def _at_opset(model: onnx.ModelProto, storage: Storage | None) -> onnx.ModelProto:
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset >= needed:
+    needed = storage.opset if storage is not None else 0
+    if storage is None or opset >= needed:
         copy = onnx.ModelProto()
         copy.CopyFrom(model)
         return copy
     try:
         raised = version_converter.convert_version(model, needed)
     except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
-        raise ExportError(f"16-bit grids need opset {needed}, and opset {opset} cannot be raised: {error}") from error
-    raised.ir_version = max(raised.ir_version, 10)  # opset 21 came with IR 10
+        raise ExportError(
+            f"{storage.dtype} codes need opset {needed}, and opset {opset} cannot be raised: {error}; --storage fast and 8-bit activations "
+            "need opset 13 only"
+        ) from error
+    raised.ir_version = max(raised.ir_version, storage.ir)
     return raised
 
 
 class _Editor:
     """Rewrites one graph in place."""
 
-    def __init__(self, graph: onnx.GraphProto, table: QuantTable, scheme: Scheme) -> None:
+    def __init__(self, graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, storages: Mapping[str, Storage]) -> None:
         self._graph = graph
         self._table = table
         self._scheme = scheme
+        self._storages = storages
         self._outputs = {output.name for output in graph.output}
         self._quantized_outputs = self._outputs if scheme.results == "all" else set()
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
@@ -153,15 +171,14 @@ class _Editor:
             return None
         bounds = [numpy_helper.to_array(self._constants[name]).item() if name else None for name in node.input[1:]]
         low, high = (0.0, None) if node.op_type == "Relu" else [*bounds, None, None][:2]
-        grid = self._table[node.output[0]]
-        storage = storage_of(grid.spec)
+        grid, storage = self._table[node.output[0]], self._storages[node.output[0]]
         if storage.dtype.itemsize > 1 and _code_range(grid, (low, high)) != (storage.low, storage.high):
             return None  # ONNX Runtime has no Clip kernel for 16-bit integers
         return (low, high)
 
     def _pair(self, name: str, origin: str, grid: TensorQuant, bounds: tuple[float | None, float | None]) -> list[onnx.NodeProto]:
         """QuantizeLinear and DequantizeLinear; where the type is wider than the grid, a Clip on the integers between them, or in front."""
-        storage = storage_of(grid.spec)
+        storage = self._storages[name]
         parameters = self._parameters(name, grid, storage)
         low, high = _code_range(grid, bounds)
         # A tied value holds codes of the grid already.
@@ -188,12 +205,14 @@ class _Editor:
 
     def _constant_pair(self, name: str, grid: TensorQuant) -> onnx.NodeProto:
         assert grid.codes is not None
-        storage = storage_of(grid.spec)
+        storage = self._storages[name]
         codes = self._constant(f"{name}_quantized", grid.codes.astype(storage.dtype))
         parameters = self._parameters(name, grid, storage)
         node = helper.make_node("DequantizeLinear", [codes, *parameters], [name], f"{name}_DequantizeLinear")
         if grid.spec.axis is not None:
             node.attribute.append(helper.make_attribute("axis", grid.spec.axis))
+        if grid.spec.block is not None:
+            node.attribute.append(helper.make_attribute("block_size", grid.spec.block))
         return node
 
     def _parameters(self, name: str, grid: TensorQuant, storage: Storage) -> list[str]:

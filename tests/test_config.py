@@ -55,7 +55,7 @@ def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
     [
         ({"weight_bits": 1}, "--weight-bits 1: must be from 2 to 8"),
         ({"weight_bits": 16}, "--weight-bits 16"),
-        ({"activation_bits": 9}, "--activation-bits 9: must be one of 2, 3, 4, 5, 6, 7, 8, 16"),
+        ({"activation_bits": 9}, "--activation-bits 9: must be one of 2, 3, 4, 5, 6, 7, 8, 16, 32"),
         ({"algorithm": "qdrp"}, r"--algorithm qdrp: must be one of .* \(did you mean 'qdrop'\?\)"),
         ({"keep_probability": 1.5}, "--keep-probability 1.5: must be from 0.0 to 1.0"),
         ({"percentile": float("nan")}, "--percentile nan"),

@@ -62,7 +62,7 @@ def test_what_each_target_places(tmp_path: Path) -> None:
     assert all(output not in values for target, values in quantized.items() if target != "qnn")
     assert [target for target in TARGETS if signed[target]] == ["tensorrt", "portable"]
     assert [target for target in TARGETS if asymmetric_weights[target]] == ["academic"]
-    assert [target for target in TARGETS if biases[target]] == ["ort-cpu", "qnn"]
+    assert [target for target in TARGETS if biases[target]] == ["ort-cpu", "ort-cuda", "qnn"]
 
 
 def test_known_ranges_and_shared_grids_are_not_learned(tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_matrix_products_have_one_scale_where_the_target_says_so(tmp_path: Path)
 
 
 def test_flags_win_over_the_target_and_the_report_says_so() -> None:
-    config = Config(target="tensorrt", activation_scheme="asymmetric", reduce_range=True)
-    assert not config.scheme.activation_symmetric
+    config = Config(target="openvino", activation_scheme="symmetric", reduce_range=True)
+    assert config.scheme.activation_symmetric
     assert config.scheme.weight_symmetric
     assert config.precision.reduce_range
-    assert "activations asymmetric as asked (the target: symmetric)" in config.scheme.convention
+    assert "activations symmetric as asked (the target: asymmetric)" in config.scheme.convention
     assert "as asked" not in Config(target="tensorrt").scheme.convention
     assert not Config(target="tensorrt").precision.reduce_range
     assert Config().precision.reduce_range

@@ -80,9 +80,8 @@ def calibrate_activation(histogram: Histogram, spec: QuantSpec, method: str, per
 
 
 def calibrate_weight(weight: np.ndarray, spec: QuantSpec, method: str, percentile: float) -> TensorQuant:
-    """The grid of a weight in its ONNX layout, per channel along `spec.axis`."""
-    rows = weight.reshape(1, -1) if spec.axis is None else np.moveaxis(weight, spec.axis, 0).reshape(weight.shape[spec.axis], -1)
-    rows = rows.astype(np.float32)
+    """The grid of a weight in its ONNX layout, per channel along `spec.axis`, or per block of it."""
+    rows = _rows(weight, spec).astype(np.float32)
     if method == "percentile":
         low, high = np.percentile(rows, [100 - percentile, percentile], axis=1)
     else:
@@ -94,7 +93,21 @@ def calibrate_weight(weight: np.ndarray, spec: QuantSpec, method: str, percentil
     scale = np.where(np.maximum(-low, high) < _SMALLEST_SCALE, np.float32(_DEAD_CHANNEL_SCALE), scale)
     if spec.axis is None:
         scale, zero_point = scale[0], zero_point[0]
+    elif spec.block is not None:
+        others = [size for axis, size in enumerate(weight.shape) if axis != spec.axis]
+        scale, zero_point = (np.moveaxis(p.reshape(*others, -1), -1, spec.axis) for p in (scale, zero_point))
     return TensorQuant(spec, scale, zero_point)
+
+
+def _rows(weight: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    """The values that share a scale, as rows [C, K]; a last block that is not full is filled with zeros, which no range sees."""
+    if spec.axis is None:
+        return weight.reshape(1, -1)
+    if spec.block is None:
+        return np.moveaxis(weight, spec.axis, 0).reshape(weight.shape[spec.axis], -1)
+    last = np.moveaxis(weight, spec.axis, -1)
+    missing = -last.shape[-1] % spec.block
+    return np.pad(last, [(0, 0)] * (last.ndim - 1) + [(0, missing)]).reshape(-1, spec.block)
 
 
 def grid(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:

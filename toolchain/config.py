@@ -11,7 +11,7 @@ from typing import Any, get_args, get_type_hints
 import tomli_w
 
 from .errors import UsageError, near_misses
-from .scheme import TARGETS, Precision, Scheme, scheme_for
+from .scheme import FLOAT_BITS, TARGETS, Precision, Scheme, refusal, scheme_for
 
 RANGES = ("minmax", "percentile", "mse")
 ALGORITHMS = ("minmax", "mse", "adaround", "brecq", "qdrop")
@@ -60,7 +60,9 @@ class Config:
     """Everything that decides a result. Field names with dashes are the flags and the keys of a configuration file."""
 
     weight_bits: int = option(4, "Bits of weights.", "precision", low=2, high=8)
-    activation_bits: int = option(4, "Bits of what weighted operators read (2-8, or 16).", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16))
+    activation_bits: int = option(
+        4, "Bits of what weighted operators read: 2-8, 16, or 32 for float.", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16, FLOAT_BITS)
+    )
     first_last_bits: str = option(
         "8", "Bits of the first and last weighted layers and their inputs; `same` for no exception.", "precision", choices=("8", "same")
     )
@@ -78,6 +80,18 @@ class Config:
         "Runtime that the model is made for: decides what is quantized and how, while learning too.",
         "precision",
         choices=tuple(TARGETS),
+    )
+    storage: str | None = option(
+        None,
+        "How weights below 8 bits are stored: fast (int8, for integer kernels) or small (packed int4, int2). Default: the target's.",
+        "precision",
+        choices=("fast", "small"),
+    )
+    block_size: int | None = option(
+        None,
+        "Inputs that share a scale in the weights of MatMul and Gemm, which are per channel otherwise; goes with --activation-bits 32.",
+        "precision",
+        choices=(16, 32, 64, 128, 256),
     )
     weight_scheme: str | None = option(None, "Grid of weights. Default: the target's.", "precision", choices=("symmetric", "asymmetric"))
     activation_scheme: str | None = option(
@@ -146,16 +160,19 @@ class Config:
             raise UsageError("--units manual needs at least one --merge, such as --merge b02+b03 (see `inspect` for the block names)")
         if self.merge and self.units != "manual":
             raise UsageError("--merge only goes with --units manual")
+        refused = refusal(self.scheme, self.precision)
+        if refused is not None:
+            raise UsageError(refused)
 
     @property
     def scheme(self) -> Scheme:
-        return scheme_for(self.target, self.weight_scheme, self.activation_scheme)
+        return scheme_for(self.target, self.weight_scheme, self.activation_scheme, self.storage)
 
     @property
     def precision(self) -> Precision:
         first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
         reduce_range = self.scheme.reduce_range if self.reduce_range is None else self.reduce_range
-        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range)
+        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range, self.block_size)
 
     @property
     def learns(self) -> bool:

@@ -24,7 +24,7 @@ from onnx import TensorProto
 from .errors import UsageError, near_misses
 from .graph import WEIGHT_INPUT, Graph, Node
 from .quant_table import QuantSpec, activation_spec, weight_spec
-from .scheme import KNOWN_RANGES, Precision, Scheme
+from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .source import SourceModel, ValueTypes
 
 DATA_MOVEMENT = frozenset(
@@ -112,7 +112,8 @@ def place(
         if bits is not None:
             activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
-    biases, float_biases = _biases(source, integer, {*activations, *tied}) if scheme.integer_bias else ({}, [])
+    integer_bias = scheme.integer_bias and precision.activation_bits < FLOAT_BITS
+    biases, float_biases = _biases(source, integer, {*activations, *tied}) if integer_bias else ({}, [])
     return Placement(activations, tied, shared, weights, biases, (*floats, *float_biases), first, last)
 
 
@@ -132,8 +133,7 @@ def _weight_specs(
         if reason is not None:
             floats.append(FloatRow(node.name, node.op_type, reason))
         elif weight is not None:
-            axis = channel_axis(source, node) if node.op_type in scheme.per_channel else None
-            spec = weight_spec(precision.weight(node.name in edge_nodes), axis, scheme.weight_symmetric)
+            spec = _weight_spec(source, node, scheme, precision.weight(node.name in edge_nodes), precision.block_size)
             weights[weight] = _tied_weight_spec(weights.get(weight), spec)
     return weights, floats
 
@@ -167,7 +167,7 @@ def _activation_bits(
     flow: "_Flow", value: str, integer: AbstractSet[str], precision: Precision, edge_nodes: AbstractSet[str]
 ) -> int | None:
     """Bits of a value that is computed or fed (not moved); None where it stays float."""
-    if value not in flow.quantizable:
+    if value not in flow.quantizable or precision.activation_bits >= FLOAT_BITS:
         return None
     readers = flow.integer_readers(value, integer)
     operands = [node for node in readers if node.op_type in WEIGHT_INPUT]
@@ -307,13 +307,23 @@ def channel_axis(source: SourceModel, node: Node) -> int:
     return source.constants[weight].ndim - 1
 
 
+def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, bits: int, block: int | None) -> QuantSpec:
+    if block is not None and node.op_type in ("MatMul", "Gemm"):
+        rank = source.constants[node.inputs[1]].ndim
+        return weight_spec(
+            bits, 2 * rank - 3 - channel_axis(source, node), scheme.weight_symmetric, block
+        )  # the other of the last two axes
+    axis = channel_axis(source, node) if node.op_type in scheme.per_channel else None
+    return weight_spec(bits, axis, scheme.weight_symmetric)
+
+
 def _tied_weight_spec(known: QuantSpec | None, spec: QuantSpec) -> QuantSpec:
     """A weight that several nodes share has one grid: the wider one, per tensor where their channel axes differ."""
     if known is None:
         return spec
     wider = known if known.bits >= spec.bits else spec
-    axis = known.axis if known.axis == spec.axis else None
-    return QuantSpec(wider.bits, wider.signed, wider.symmetric, axis, wider.narrow)
+    axis = known.axis if (known.axis, known.block) == (spec.axis, spec.block) else None
+    return QuantSpec(wider.bits, wider.signed, wider.symmetric, axis, wider.narrow, block=wider.block if axis is not None else None)
 
 
 def _float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: Mapping[str, str]) -> str | None:

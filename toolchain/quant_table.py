@@ -19,7 +19,8 @@ class QuantSpec:
 
     `axis` is the channel axis for per-channel grids (None: one grid for the tensor). `narrow` leaves out the lowest code (-127..127), which
     keeps 8-bit symmetric weights free of the asymmetric extra code, as runtimes expect. `span` is the range where it is known without
-    samples (a Sigmoid's 0 to 1).
+    samples (a Sigmoid's 0 to 1). `block` cuts `axis` into stretches of so many values with a scale each; `axis` is then the one that is
+    summed over, and scales have the value's own rank.
     """
 
     bits: int
@@ -28,6 +29,7 @@ class QuantSpec:
     axis: int | None = None
     narrow: bool = False
     span: tuple[float, float] | None = None
+    block: int | None = None
 
     @property
     def qmin(self) -> int:
@@ -38,12 +40,12 @@ class QuantSpec:
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
 
-def weight_spec(bits: int, axis: int | None, symmetric: bool) -> QuantSpec:
+def weight_spec(bits: int, axis: int | None, symmetric: bool, block: int | None = None) -> QuantSpec:
     """Signed grid, per channel where there is an axis.
 
     8-bit symmetric weights use -127..127, fewer bits use every code (one of 16 is worth having).
     """
-    return QuantSpec(bits, signed=True, symmetric=symmetric, axis=axis, narrow=symmetric and bits == 8)
+    return QuantSpec(bits, signed=True, symmetric=symmetric, axis=axis, narrow=symmetric and bits == 8, block=block)
 
 
 def activation_spec(bits: int, symmetric: bool, span: tuple[float, float] | None = None) -> QuantSpec:
@@ -53,7 +55,7 @@ def activation_spec(bits: int, symmetric: bool, span: tuple[float, float] | None
 
 @dataclass(frozen=True)
 class TensorQuant:
-    """The grid of one value: `scale` and `zero_point` are scalars, or arrays [C] along `spec.axis`.
+    """The grid of one value: `scale` and `zero_point` are scalars, arrays [C] along `spec.axis`, or one for each block.
 
     `codes` holds the integers of a constant (weights, biases) in the value's own ONNX layout; activations have none. `tied_to` names the
     value whose grid this one repeats: data movement (MaxPool, Reshape, ...) leaves the grid as it is. `fixed` grids are not learned: their
@@ -66,6 +68,10 @@ class TensorQuant:
     codes: np.ndarray | None = None
     tied_to: str | None = None
     fixed: bool = False
+
+    def expanded(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Scale and zero point, shaped to broadcast against an array of this shape."""
+        return tuple(_expanded(np.asarray(parameter), self.spec, shape) for parameter in (self.scale, self.zero_point))  # pyright: ignore[reportReturnType]
 
     def dequantized(self) -> np.ndarray:
         """Return the constant that the codes stand for, float32 in the value's layout."""
@@ -98,26 +104,25 @@ class QuantTable:
         return QuantTable({**self.tensors, **changes})
 
 
-def along_axis(parameter: np.ndarray | np.generic, axis: int | None, rank: int) -> np.ndarray:
-    """A per-channel parameter [C], shaped to broadcast along `axis` of an array of this rank."""
-    array = np.asarray(parameter)
-    if axis is None or array.ndim == 0:
-        return array
-    shape = [1] * rank
-    shape[axis] = -1
-    return array.reshape(shape)
+def _expanded(parameter: np.ndarray, spec: QuantSpec, shape: tuple[int, ...]) -> np.ndarray:
+    if spec.axis is None or parameter.ndim == 0:
+        return parameter
+    if spec.block is not None:
+        repeated = np.repeat(parameter, spec.block, axis=spec.axis)
+        return np.ascontiguousarray(repeated.take(np.arange(shape[spec.axis]), axis=spec.axis))
+    channels = [1] * len(shape)
+    channels[spec.axis] = -1
+    return parameter.reshape(channels)
 
 
 def quantize(array: np.ndarray, grid: TensorQuant) -> np.ndarray:
     """codes = clip(round_half_even(x / scale) + zero_point, qmin, qmax), as int32 [same shape]."""
-    scale = along_axis(grid.scale, grid.spec.axis, array.ndim)
-    zero_point = along_axis(grid.zero_point, grid.spec.axis, array.ndim)
+    scale, zero_point = grid.expanded(array.shape)
     codes = np.rint(array.astype(np.float32) / scale) + zero_point
     return np.clip(codes, grid.spec.qmin, grid.spec.qmax).astype(np.int32)
 
 
 def dequantize(codes: np.ndarray, grid: TensorQuant) -> np.ndarray:
     """x = (codes - zero_point) * scale, float32 [same shape]."""
-    scale = along_axis(grid.scale, grid.spec.axis, codes.ndim)
-    zero_point = along_axis(grid.zero_point, grid.spec.axis, codes.ndim)
+    scale, zero_point = grid.expanded(codes.shape)
     return ((codes - zero_point).astype(np.float32) * scale).astype(np.float32)

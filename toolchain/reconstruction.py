@@ -14,7 +14,7 @@ from .config import Settings
 from .fake_quant import GAMMA, ZETA, LearnedStep, rounding_logits, soft_round
 from .losses import full_loss, loss_of
 from .minibatch import Draw, coins
-from .quant_table import BIAS_BITS, QuantTable, TensorQuant, along_axis
+from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .torch_import import TorchBlock
 
 _CURVE_POINTS = 40
@@ -205,7 +205,7 @@ class _Rounding:
         views = [self._views(flat) for flat in (fraction, self._fixed, self._span)]
         for name, array in weights.items():
             grid = table[name]
-            scale, zero_point = (torch.from_numpy(along_axis(p, grid.spec.axis, array.ndim)) for p in (grid.scale, grid.zero_point))
+            scale, zero_point = (torch.from_numpy(parameter) for parameter in grid.expanded(array.shape))
             scaled = torch.tensor(array) / scale
             floor = torch.floor(scaled)
             low, high = grid.spec.qmin - zero_point, grid.spec.qmax - zero_point
@@ -252,7 +252,7 @@ class _Rounding:
         changes = {}
         for name, weight in up.items():
             grid = table[name]
-            scale, zero_point = (along_axis(p, grid.spec.axis, weight.dim()) for p in (grid.scale, grid.zero_point))
+            scale, zero_point = grid.expanded(tuple(weight.shape))
             codes = np.rint(weight.numpy() / scale).astype(np.int32) + zero_point
             changes[name] = replace(grid, codes=np.ascontiguousarray(codes))
         return changes

@@ -46,11 +46,20 @@ def pick_provider(device: str) -> str:
     return CPU
 
 
-def session(model: onnx.ModelProto | Path, provider: str = CPU, optimization: Optimization = Optimization.DEFAULT) -> ort.InferenceSession:
-    """Open a session that runs on `provider` only (with CPU for what it lacks); loading errors become `UnsupportedModelError`."""
+def session(
+    model: onnx.ModelProto | Path,
+    provider: str = CPU,
+    optimization: Optimization = Optimization.DEFAULT,
+    without: frozenset[str] = frozenset(),
+) -> ort.InferenceSession:
+    """Open a session that runs on `provider` only (with CPU for what it lacks), `without` some optimisers by name.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime does not load the model.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = optimization.value
-    return _open(model, options, provider)
+    return _open(model, options, provider, without)
 
 
 def kernel_counts(model: Path, provider: str = CPU) -> Counter[str]:
@@ -216,10 +225,13 @@ def _type_proto(text: str) -> onnx.TypeProto:
     return onnx.helper.make_map_type_proto(_ELEMENT_TYPES[key], _type_proto(value))
 
 
-def _open(model: onnx.ModelProto | Path, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
+def _open(
+    model: onnx.ModelProto | Path, options: ort.SessionOptions, provider: str, without: frozenset[str] = frozenset()
+) -> ort.InferenceSession:
     providers = [provider] if provider == CPU else [provider, CPU]
     try:
-        return ort.InferenceSession(str(model) if isinstance(model, Path) else model.SerializeToString(), options, providers=providers)
+        serialized = str(model) if isinstance(model, Path) else model.SerializeToString()
+        return ort.InferenceSession(serialized, options, providers=providers, disabled_optimizers=set(without) or None)
     except Exception as error:  # ONNX Runtime raises a family of C++-born exceptions without a common public base
         raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {_first_line(error)}") from error
 

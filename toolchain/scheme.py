@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+FLOAT_BITS = 32  # "bits" of activations that are not quantized
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Results whose range is known before any sample: (lowest, highest) with highest just off the grid, so that the scale is a power of two.
 KNOWN_RANGES: Mapping[str, tuple[float, float]] = {
@@ -30,7 +31,7 @@ class Scheme:
         integer_bias: biases are int32 with scale s_x * s_w, else float.
         saturation: a grid narrower than its integer type is held by a Clip on the `integer`s behind QuantizeLinear, into which Relu and
             Clip are folded, or on the `float`s in front of it.
-        storage: `fast` (8-bit integers) or `small` (packed) where the user says nothing.
+        storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
     """
 
@@ -54,7 +55,7 @@ class Scheme:
         text = (
             f"{self.name}: {_kind(self.weight_symmetric)} weights, {_channels(self.per_channel)}; {_kind(self.activation_symmetric)} "
             f"per-tensor activations behind their Relu/Clip; {self._addends}; {'int32' if self.integer_bias else 'float'} biases; "
-            f"{'quantized' if self.results == 'all' else 'float'} graph outputs"
+            f"{'quantized' if self.results == 'all' else 'float'} graph outputs; {self.storage} storage"
         )
         preset = TARGETS.get(self.name)
         asked = [
@@ -108,7 +109,10 @@ TARGETS: Mapping[str, Scheme] = {
         Scheme(
             "ort-cuda",
             "ONNX Runtime's CUDA provider has no integer convolutions: weights are dequantized once and everything runs in float, so only "
-            "operands are quantized, biases stay float, and weights are packed. It saves file size, not time.",
+            "operands are quantized and weights are packed: it saves file size, not time. Biases are int32, since ONNX Runtime would "
+            "round float ones to int32 steps by itself, which at few bits moves results.",
+            integer_bias=True,
+            saturation="integer",
             storage="small",
         ),
         Scheme(
@@ -155,14 +159,40 @@ TARGETS: Mapping[str, Scheme] = {
 ORT_CPU = TARGETS["ort-cpu"]
 
 
-def scheme_for(target: str, weight_scheme: str | None, activation_scheme: str | None) -> Scheme:
-    """A target's rules, with the kinds of grids that were asked for by hand."""
+def scheme_for(target: str, weight_scheme: str | None, activation_scheme: str | None, storage: str | None = None) -> Scheme:
+    """A target's rules, with the kinds of grids and the storage that were asked for by hand."""
     preset = TARGETS[target]
     return replace(
         preset,
         weight_symmetric=preset.weight_symmetric if weight_scheme is None else weight_scheme == "symmetric",
         activation_symmetric=preset.activation_symmetric if activation_scheme is None else activation_scheme == "symmetric",
+        storage=storage or preset.storage,
     )
+
+
+def refusal(scheme: Scheme, precision: "Precision") -> str | None:
+    """Why a target cannot take a format, and what to do instead; None where it can."""
+    name, bits, block = scheme.name, precision.activation_bits, precision.block_size
+    if bits == 16 and name in ("tensorrt", "portable"):
+        return f"{name} has no 16-bit integers: use --activation-bits 8, or --target ort-cpu, openvino or qnn"
+    if scheme.storage == "small" and name == "portable":
+        return "packed weights need opset 21, which portable files avoid: use --storage fast"
+    if scheme.storage == "small" and name == "tensorrt" and (bits < FLOAT_BITS or block is None):
+        return (
+            "TensorRT takes int4 for block-wise weights beside float activations only: use --storage fast, or --activation-bits 32 with "
+            "--block-size 64"
+        )
+    if block is not None and name in ("qnn", "portable"):
+        return f"{name} has no block-wise DequantizeLinear: leave --block-size out, or use another --target"
+    if block is not None and bits < FLOAT_BITS:
+        return "--block-size is for weights beside float activations: integer kernels have one scale per channel; add --activation-bits 32"
+    if not scheme.weight_symmetric and name in ("tensorrt", "qnn", "portable"):
+        return f"{name} takes weights around zero only: leave --weight-scheme out"
+    if not scheme.activation_symmetric and name in ("tensorrt", "portable"):
+        return f"{name} takes activations around zero only: leave --activation-scheme out"
+    if bits == FLOAT_BITS and name == "qnn":
+        return "the HTP runs fixed-point graphs: use --activation-bits 8 or 16, or another --target"
+    return None
 
 
 @dataclass(frozen=True)
@@ -170,7 +200,7 @@ class Precision:
     """Bit widths; `elementwise_bits` and `first_last_bits` never fall below the general ones. `first_last_bits` None: the same.
 
     `reduce_range` gives 8-bit weights that meet 8-bit activations 7 bits. x86 CPUs without VNNI add pairs of such products in 16 bits:
-    2 x 255 x 128 saturates there, silently, and 2 x 255 x 64 does not.
+    2 x 255 x 128 saturates there, silently, and 2 x 255 x 64 does not. `block_size` cuts the weights of matrix products into blocks.
     """
 
     weight_bits: int = 4
@@ -178,12 +208,14 @@ class Precision:
     elementwise_bits: int = 8
     first_last_bits: int | None = 8
     reduce_range: bool = True
+    block_size: int | None = None
 
     def weight(self, edge: bool) -> int:
         bits = max(self.weight_bits, self.first_last_bits or 0) if edge else self.weight_bits
         return 7 if self.reduce_range and bits == self.operand(edge) == 8 else bits
 
     def operand(self, edge: bool) -> int:
+        """Bits of what a weighted operator reads; `FLOAT_BITS` where activations stay float."""
         return max(self.activation_bits, self.first_last_bits or 0) if edge else self.activation_bits
 
     @property
@@ -194,6 +226,10 @@ class Precision:
     def convention(self) -> str:
         reduced = self.weight(edge=True) == 7 and max(self.weight_bits, self.first_last_bits or 0) == 8
         ending = "; weights of 7 bits where both would have 8 (reduced range, exact on every CPU)" if reduced else ""
+        if self.activation_bits == FLOAT_BITS:
+            edge = "" if self.first_last_bits is None else f", those of the first and last layers of {self.first_last_bits}"
+            blocks = f", in blocks of {self.block_size} for matrix products" if self.block_size is not None else ""
+            return f"weights of {self.weight_bits} bits{edge}{blocks}; activations float"
         if self.first_last_bits is None:
             return f"all weighted layers W{self.weight_bits}A{self.activation_bits}{ending}"
         return (
