@@ -36,7 +36,8 @@ def test_each_library_has_its_room() -> None:
     assert importers("onnx2torch") == {"toolchain/torch_import/fallback.py"}
     assert {path for path in importers("exporters") if path.startswith("toolchain")} == {"toolchain/cli.py"}
     assert importers("PIL") == {"toolchain/samples.py"}
-    assert importers("rich") == {"toolchain/cli.py", "toolchain/report.py"}
+    assert importers("rich") == {"toolchain/cli.py", "toolchain/terminal.py"}
+    assert importers("matplotlib") == {"toolchain/figures.py", "toolchain/plot.py"}
 
 
 def test_exporters_know_only_tables_and_errors() -> None:
@@ -47,7 +48,7 @@ def test_exporters_know_only_tables_and_errors() -> None:
             assert not name.startswith("torch")
 
 
-@pytest.mark.parametrize("leaf", ["errors", "quant_table", "graph", "scheme", "capacity"])
+@pytest.mark.parametrize("leaf", ["errors", "quant_table", "graph", "scheme", "capacity", "intervals", "wording"])
 def test_leaves_import_nothing_of_the_project(leaf: str) -> None:
     names = list(imports(ROOT / "toolchain" / f"{leaf}.py"))
     assert not [name for name in names if name.startswith("toolchain")]

@@ -41,7 +41,7 @@ def quantize(place: Path, *extra: object, model: str = "net.onnx", data: str | N
 
 
 def test_the_whole_path(place: Path) -> None:
-    result = quantize(place, "--eval-data", place / "eval.npz", "-v")
+    result = quantize(place, "--eval-data", place / "eval.npz", "-v", "--sensitivity")
     assert result.exit_code == 0, result.output
     output = place / "net.w4a4.onnx"
     assert f"wrote {output}" in result.output.replace("\n", "")
@@ -60,6 +60,11 @@ def test_the_whole_path(place: Path) -> None:
     assert {"torch", "onnx", "onnx2torch", "numpy"} <= set(report["environment"]["versions"])
     assert report["memory_peak_bytes"] > 0
     assert report["seconds"]["best_preset_estimate"] > 0
+    assert report["verdict"]["ship"] in ("yes", "no", "unclear")
+    assert len(report["sensitivity"]["layers"]) == report["coverage"]["layers"]
+    assert all("sqnr" in row for row in report["grids"].values() if row["tied_to"] is None)
+    page = (place / "net.w4a4.report" / "report.html").read_text(encoding="utf-8")
+    assert f"{checked['top1_quantized']:.2f} %" in page
     metadata = {entry.key: entry.value for entry in onnx.load(output).metadata_props}
     assert metadata["mrecg_onnx.source_sha256"] == report["model"]["sha256"]
     assert str(place) not in metadata["mrecg_onnx.config"]
@@ -69,7 +74,8 @@ def test_without_evaluation_data_it_says_what_it_measured_on(place: Path) -> Non
     result = quantize(place, "--algorithm", "mse", "-p", "w8a8")
     assert result.exit_code == 0
     assert "the calibration samples" in result.output.replace("\n", " ")
-    assert "same prediction as float" in result.output
+    assert "the same prediction as float" in " ".join(result.output.split())
+    assert "unclear" in result.output  # on its own calibration samples it cannot know
     assert "top-1" not in result.output
     assert (place / "net.w8a8.onnx").is_file()
 

@@ -17,12 +17,13 @@ from toolchain.config import Config
 from toolchain.islands import find_islands, island_rows
 from toolchain.pipeline import Quantized, cut_blocks, quantize, simulate
 from toolchain.quant_table import QuantTable
-from toolchain.report import coverage, island_lines
+from toolchain.report import coverage
 from toolchain.samples import Samples
 from toolchain.source import SourceModel, infer_types
 from toolchain.torch_import import block as torch_block
 from toolchain.torch_import.operator import NodeView, Operator
 from toolchain.validation import sqnr
+from toolchain.wording import island_lines
 
 FAST = Config(device="cpu", iterations=20, batch_size=8, weight_bits=8, activation_bits=8, units="none")
 

@@ -1,13 +1,12 @@
 """The command line: parse, call, show, exit code. Everything heavy is imported inside the commands, so that `--help` is immediate."""
 
 import dataclasses
-import json
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -22,7 +21,6 @@ from .config import Config, DataConfig, dump_config, flag, load_config, parse_pr
 from .errors import AccuracyGateError, ExportError, MrecgError, UsageError
 
 if TYPE_CHECKING:
-    from .pipeline import Progress
     from .run_folder import RunFolder
     from .samples import Samples
     from .source import SourceModel
@@ -32,13 +30,8 @@ EXIT_CODES = """\b
 Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or parity,
 6 accuracy drop above --max-drop (the model is written), 7 broken installation, 8 run folder cannot be written (full disk),
 130 interrupted, 143 terminated."""
-# Codes on rounding ties flip, and a deep network amplifies that, at most until the two executions are as independent as two roundings: then
-# they differ by 3 dB more than either from the float model. What is beyond is an error.
-_PARITY_AGREEMENT = 99.0  # percent of predictions
-_PARITY_SQNR = 20.0  # dB, where there are no classes
-_PARITY_MARGIN = 4.0  # dB
-_PARITY_STEPS = 2.0  # rounding explains one step
 _EXACTNESS_SAMPLES = 4  # every value of the network is held for them
+_SENSITIVITY_SHARE = 0.1  # of the time that the run took before
 _SECTIONS = {
     "precision": "Precision",
     "method": "Method",
@@ -72,6 +65,12 @@ class _Option(click.Option):
         self.section = section
 
 
+def _completing(choices: Iterable[Any] | None) -> Callable[[click.Context, click.Parameter, str], list[str]] | None:
+    """What the shell offers for an option: its choices; None leaves it to the option's type (paths, numbers)."""
+    known = [str(choice) for choice in choices or ()]
+    return (lambda context, parameter, incomplete: [word for word in known if word.startswith(incomplete)]) if known else None
+
+
 def _config_options(*halves: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """One option for each field of the configuration classes; None means that the flag was not given."""
 
@@ -85,7 +84,13 @@ def _config_options(*halves: type) -> Callable[[Callable[..., None]], Callable[.
                 if spec.default not in (None, ()):
                     shown = ("off", "on")[spec.default] if isinstance(spec.default, bool) else spec.default
                     text += f"  [default: {shown}]"
-                common: dict[str, Any] = {"default": None, "help": text, "section": _SECTIONS[spec.metadata["section"]], "cls": _Option}
+                common: dict[str, Any] = {
+                    "shell_complete": _completing(choices),
+                    "default": None,
+                    "help": text,
+                    "section": _SECTIONS[spec.metadata["section"]],
+                    "cls": _Option,
+                }
                 name = flag(spec.name)
                 if hints[spec.name] == tuple[str, ...]:
                     command = click.option(name, spec.name, multiple=True, metavar="TEXT", **common)(command)
@@ -102,7 +107,20 @@ def _config_options(*halves: type) -> Callable[[Callable[..., None]], Callable[.
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="mrecg-onnx")
 def main() -> None:
-    """Low-bit post-training quantization of ONNX models with MRECG block reconstruction, validated under ONNX Runtime."""
+    """Low-bit post-training quantization of ONNX models with MRECG block reconstruction, validated under ONNX Runtime.
+
+    \b
+    A first run:
+      mrecg-onnx inspect net.onnx                       what is in the model, without data
+      mrecg-onnx quantize net.onnx -p w4a8 --preset fast \\
+          --calibration-data calib.npz --eval-data eval.npz
+    and then open net.w4a8.report/report.html.
+
+    \b
+    Results go to standard output, progress and errors to standard error. NO_COLOR is honoured.
+    Completion of commands and options, here for bash (zsh_source and fish_source exist too):
+      eval "$(_MRECG_ONNX_COMPLETE=bash_source mrecg-onnx)"
+    """
 
 
 @main.command(cls=_SectionedCommand, epilog=EXIT_CODES)
@@ -112,13 +130,21 @@ def main() -> None:
 @click.option(
     "-p", "--precision", metavar="W4A4", help="Shorthand for --weight-bits and --activation-bits: w4a4, w3a3, w2a4, w4a8, w8a8, w4a16 ..."
 )
-@click.option("--report", type=_PATH, metavar="DIR", help="Folder of report.json. Default: OUTPUT without .onnx, plus .report.")
+@click.option(
+    "--report", type=_PATH, metavar="DIR", help="Folder of report.json and report.html. Default: OUTPUT without .onnx, plus .report."
+)
+@click.option(
+    "--sensitivity/--no-sensitivity",
+    default=None,
+    help="Measure how much each layer hurts. Default: where it takes less than a tenth of the run.",
+)
 @click.option("--config", "config_file", type=_PATH, metavar="FILE", help="TOML file with these options by name; flags win over it.")
 @click.option("--save-config", type=_PATH, metavar="FILE", help="Write the resolved options as TOML.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same output where it stopped, if there is one.")
 @click.option("--keep-run", is_flag=True, help="Keep the run folder (OUTPUT without .onnx, plus .run) after success.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, but do not quantize.")
-@click.option("-v", "--verbose", is_flag=True, help="Show units and tracebacks.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts of report.json to standard output instead of the summary.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the whole validation, the units, and tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
 @_config_options(Config, DataConfig)
 def quantize(
@@ -127,11 +153,13 @@ def quantize(
     overwrite: bool,
     precision: str | None,
     report: Path | None,
+    sensitivity: bool | None,
     config_file: Path | None,
     save_config: Path | None,
     resume: bool,
     keep_run: bool,
     dry_run: bool,
+    as_json: bool,
     verbose: bool,
     quiet: bool,
     **options: Any,
@@ -145,7 +173,6 @@ def quantize(
         given = {name: value for name, value in options.items() if value not in (None, ())}
         values = load_config(config_file) if config_file is not None else {}
         config, data = split(values | (parse_precision(precision) if precision else {}) | given)
-        console = Console(quiet=quiet, highlight=False)
         output = output or model.with_name(f"{model.stem}.w{config.weight_bits}a{config.activation_bits}.onnx")
         run_path = output.with_name(f"{output.name.removesuffix('.onnx')}.run")
         _check_output(model, output, overwrite or resume)
@@ -155,24 +182,42 @@ def quantize(
             raise UsageError(
                 "--calibration-data is missing: samples of the model's real input are needed (npz, npy, image folder, module:function)"
             )
-        report = report or output.with_name(f"{output.name.removesuffix('.onnx')}.report")
+        folder = report or output.with_name(f"{output.name.removesuffix('.onnx')}.report")
+        mode = _Mode(overwrite, resume, keep_run, dry_run, sensitivity)
         with _interruptible(run_path):
-            _quantize(model, output, report, run_path, config, data, _Mode(overwrite, resume, keep_run, dry_run, verbose), console)
+            _quantize(model, output, folder, run_path, config, data, mode, _Shown(as_json, verbose, quiet))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Mode:
-    """How a run goes about its files, which leaves the result as it is."""
+    """How a run goes about its files and its report, which leaves the result as it is."""
 
     overwrite: bool
     resume: bool
     keep_run: bool
     dry_run: bool
-    verbose: bool
+    sensitivity: bool | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shown:
+    """What a command prints: results to standard output, progress to standard error, so that a pipe carries the results only."""
+
+    as_json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+    @property
+    def out(self) -> Console:
+        return Console(quiet=self.quiet or self.as_json, highlight=False)
+
+    @property
+    def log(self) -> Console:
+        return Console(stderr=True, quiet=self.quiet, highlight=False)
 
 
 def _quantize(
-    model: Path, output: Path, report_folder: Path, run_path: Path, config: Config, data: DataConfig, mode: _Mode, console: Console
+    model: Path, output: Path, report_folder: Path, run_path: Path, config: Config, data: DataConfig, mode: _Mode, shown: _Shown
 ) -> None:
     started = time.perf_counter()
     import onnx
@@ -180,12 +225,13 @@ def _quantize(
 
     from exporters import export_qdq, write_model
 
-    from . import pipeline, report, run_folder, runtime
+    from . import pipeline, report, run_folder, runtime, terminal
     from .cpu import keep_freed_memory
     from .kernels import check_simulation
     from .plan import make_plan
     from .source import load_source
     from .validation import validate
+    from .wording import duration
 
     keep_freed_memory()
     device = pipeline.pick_device(config.device)
@@ -199,15 +245,17 @@ def _quantize(
         evaluation = _samples(data.eval_data, source, data, "--eval-data", data.eval_samples)
     rows = pipeline.survey(source, calibration, config)
     if mode.dry_run:
-        plan = make_plan(source, rows, config)
-        console.print(report.block_table(report.plan_report(plan)))
-        console.print(f"[dim]{escape(plan.why)}; dry run, nothing was written[/dim]")
+        facts = report.finite(report.plan_report(make_plan(source, rows, config)))
+        if shown.as_json:
+            click.echo(report.as_json(facts), nl=False)
+        shown.out.print(terminal.block_table(facts))
+        shown.out.print(f"[dim]{escape(facts['plan']['why'])}; dry run, nothing was written[/dim]")
         return
     environment = report.environment(str(device))
     machine = f"{environment['gpu'] or environment['processor']}, {torch.get_num_threads()} threads"
     fingerprint = run_folder.fingerprint(source, calibration, config, environment)
-    run = _open_run(run_path, output, fingerprint, machine, mode, console)
-    with _progress(console) as progress:
+    run = _open_run(run_path, output, fingerprint, machine, mode, shown.log)
+    with terminal.progress_on(shown.log) as progress:
         quantized = pipeline.quantize(source, calibration, config, progress, run)
     metadata = {
         "version": __version__,
@@ -228,19 +276,49 @@ def _quantize(
     values = pipeline.simulated_values(source, quantized.table, few, quantized.islands)
     exactness = check_simulation(exported, quantized.table, values, few.inputs)
     checked = validate(onnx.load(model), output, evaluation, model.stat().st_size, config.device, simulated, exactness)
-    evaluated_on = data.eval_data or "the calibration samples"
-    facts = report.run_report(source, output, config, data, quantized, checked, evaluated_on, time.perf_counter() - started)
-    place = report.write_report(facts, report_folder)
+    limit = {True: None, False: 0.0, None: _SENSITIVITY_SHARE * (time.perf_counter() - started)}[mode.sensitivity]
+    with terminal.progress_on(shown.log) as progress:
+        fits, layers = pipeline.examine(source, quantized, evaluation, limit, progress)
+    facts = report.run_report(source, output, config, data, quantized, checked, fits, layers, time.perf_counter() - started)
+    page = report.write_report(facts, report_folder)
     if not mode.keep_run:
         run.remove()
     for path in run.damaged:
-        console.print(f"[yellow]{escape(str(path))} was damaged; that stage was done again[/yellow]")
-    if mode.verbose:
-        console.print(report.unit_table(facts))
-    console.print(report.quantize_summary(facts))
-    console.print(f"wrote {escape(str(output))} and {escape(str(place))} in {facts['seconds']['total']:.0f} s")
+        shown.log.print(f"[yellow]{escape(str(path))} was damaged; that stage was done again[/yellow]")
+    if shown.as_json:
+        click.echo(report.as_json(facts), nl=False)
+    if shown.verbose:
+        shown.out.print(terminal.details(facts))
+    shown.out.print(terminal.summary(facts))
+    shown.out.print(f"wrote {output} and {page} in {duration(facts['seconds']['total'])}", markup=False, soft_wrap=True)
     _check_parity(checked)
     _check_drop(checked, data.max_drop)
+
+
+@main.command("report", epilog=EXIT_CODES)
+@click.argument("report_file", metavar="REPORT.json", type=_PATH)
+@click.option("--overlay", type=_PATH, metavar="OTHER.json", help="Report of another run of the same model, whose losses are drawn too.")
+@click.option("-o", "--output", type=_PATH, help="The page. Default: report.html beside REPORT.json.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def report_command(report_file: Path, overlay: Path | None, output: Path | None, verbose: bool) -> None:
+    """Draw the page of a `quantize` run again from its REPORT.json, alone or with another run's losses over it.
+
+    \b
+    mrecg-onnx quantize net.onnx --units none -o plain.onnx ...
+    mrecg-onnx quantize net.onnx --units loss -o joined.onnx ...
+    mrecg-onnx report joined.report/report.json --overlay plain.report/report.json
+    """
+    with _reported(verbose):
+        from . import report
+        from .page import report_page
+
+        facts = report.load_report(report_file)
+        other = report.load_report(overlay) if overlay is not None else None
+        if other is not None and other["model"]["sha256"] != facts["model"]["sha256"]:
+            raise UsageError(f"--overlay {overlay}: is of another model ({other['model']['path']}, not {facts['model']['path']})")
+        place = output or report_file.with_suffix(".html")
+        report.write_text(place, report_page(facts, other))
+        click.echo(f"wrote {place}")
 
 
 @main.command(epilog=EXIT_CODES)
@@ -259,8 +337,9 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
         for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, ("table", "json"))):
             if value not in known:
                 raise UsageError(f"{name} {value}: must be one of {', '.join(known)}")
-        from . import pipeline, report
+        from . import pipeline, report, terminal
         from .source import load_source
+        from .wording import island_lines
 
         source = load_source(model)
         shapes, guessed = pipeline.sample_shapes(source, dict(_shape(entry) for entry in input_shape))
@@ -273,14 +352,14 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
         }
         console = Console(highlight=False)
         if format_ == "json":
-            click.echo(json.dumps(facts, indent=1))
+            click.echo(report.as_json(facts), nl=False)
             return
-        console.print(report.block_table(facts))
+        console.print(terminal.block_table(facts))
         console.print(f"inputs: {escape(', '.join(facts['model']['inputs']))}; opset {source.opset}")
         console.print(f"units: {escape(plan.why)}")
         for name in guessed:
             console.print(f"[yellow]input {escape(name)} leaves axes open; assumed {shapes[name]}, --input-shape sets them[/yellow]")
-        for line in report.island_lines(facts["islands"]):
+        for line in island_lines(facts["islands"]):
             console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
 
 
@@ -303,7 +382,7 @@ def validate_command(float_model: Path, quantized_model: Path, device: str, as_j
             raise UsageError(f"{quantized_model}: no such file")
         import onnx
 
-        from . import report
+        from . import report, terminal
         from .source import load_source
         from .validation import validate
 
@@ -312,9 +391,9 @@ def validate_command(float_model: Path, quantized_model: Path, device: str, as_j
         checked = validate(onnx.load(float_model), quantized_model, samples, float_model.stat().st_size, device)
         facts = report.validation_report(checked)
         if as_json:
-            click.echo(json.dumps(report.finite(facts), indent=1))
+            click.echo(report.as_json(facts), nl=False)
         else:
-            Console(highlight=False).print(report.validation_table(report.finite(facts) | {"evaluated_on": data.eval_data}))
+            Console(highlight=False).print(terminal.validation_table(report.finite(facts) | {"evaluated_on": data.eval_data}))
         _check_drop(checked, data.max_drop)
 
 
@@ -378,28 +457,11 @@ def _shape(entry: str) -> tuple[str, tuple[int, ...]]:
 
 def _check_parity(checked: "ValidationReport") -> None:
     """Refuse a file that ONNX Runtime computes differently from what was learned."""
-    arithmetic = checked.integer_arithmetic
-    if arithmetic.steps >= _PARITY_STEPS:
-        raise ExportError(
-            f"{arithmetic.worst}: on this machine ONNX Runtime's kernel is {arithmetic.steps:.0f} steps off what the file says "
-            f"({arithmetic.share:.2g} % of all codes differ); the model was written. Products of 8-bit weights and 8-bit activations "
-            "saturate on x86 CPUs without VNNI instructions: --reduce-range avoids that"
-        )
-    exactness = checked.simulated_arithmetic
-    if exactness is not None and exactness.steps >= _PARITY_STEPS:
-        raise ExportError(
-            f"{exactness.worst}: the written file is {exactness.steps:.0f} steps off the simulation there ({exactness.share:.2g} % of all "
-            "codes differ): it is not the model that was learned. This is a defect of the exporter, please report it"
-        )
-    found, error = checked.simulation, min(checked.sqnr.values())
-    if found is None or found.sqnr >= error - _PARITY_MARGIN:
-        return
-    if found.sqnr >= _PARITY_SQNR if found.agreement is None else found.agreement >= _PARITY_AGREEMENT:
-        return
-    raise ExportError(
-        f"ONNX Runtime differs from the simulation ({found.sqnr:.1f} dB) more than the quantized model from the float one "
-        f"({error:.1f} dB): the model was written, but its accuracy is not the one that was learned"
-    )
+    from .verdict import parity_problem
+
+    problem = parity_problem(checked)
+    if problem is not None:
+        raise ExportError(problem)
 
 
 def _check_drop(checked: "ValidationReport", limit: float | None) -> None:
@@ -455,40 +517,3 @@ def _interruptible(run_path: Path) -> Iterator[None]:
     finally:
         if handles:
             signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator["Progress"]:
-    """A bar with loss and time left on a terminal, a line for each new piece of work elsewhere."""
-    if not console.is_terminal:
-        last = ""
-
-        def line(what: str, done: int, total: int, loss: float) -> None:
-            nonlocal last
-            if what != last:
-                last = what
-                console.print(f"{what} ({100 * done // max(total, 1)} %)")
-
-        yield line
-        return
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[loss]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        task, stage = bars.add_task("starting", loss=""), ""
-
-        def show(what: str, done: int, total: int, loss: float) -> None:
-            nonlocal stage
-            if what.split()[0] != stage:
-                stage = what.split()[0]
-                bars.reset(task)
-            bars.update(task, description=escape(what), completed=done, total=total, loss=f"loss {loss:.4g}" if loss == loss else "")
-
-        yield show

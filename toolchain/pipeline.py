@@ -14,6 +14,7 @@ from .activations import CHUNK, Parts, Piece, TorchModel, Value, observed, quant
 from .calibration import Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
 from .errors import UsageError, near_misses
+from .fit import GridFit, activation_fits, weight_fits
 from .import_check import check_import
 from .islands import IslandRow, find_islands, island_rows
 from .partition import Block, Rules
@@ -21,9 +22,10 @@ from .placement import Placement, match_nodes, place, without
 from .plan import BlockRow, Plan, block_rows, make_plan, measured
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .quant_table import quantize as encode
-from .reconstruction import UnitResult, learned_weights, reconstruct_unit
+from .reconstruction import CurvePoint, UnitResult, learned_weights, reconstruct_unit
 from .run_folder import RunFolder, Stage
 from .samples import Samples, check_labels
+from .sensitivity import SAMPLES, Sensitivity, sensitivity
 from .source import SourceModel, ValueTypes, infer_types
 from .torch_import import TorchBlock
 
@@ -367,6 +369,29 @@ def few_samples(source: SourceModel, samples: Samples, count: int) -> Samples:
     return samples.taken(np.arange(size) % samples.count)
 
 
+@_full_float32
+def examine(
+    source: SourceModel, quantized: Quantized, samples: Samples, limit: float | None, progress: Progress = lambda *_: None
+) -> tuple[tuple[GridFit, ...], Sensitivity]:
+    """How each value sits on its grid, and how much each layer hurts, over a few samples.
+
+    Args:
+        source: the normalised model.
+        quantized: the finished table, and the islands that it leaves.
+        samples: the first few are used.
+        limit: seconds that the sensitivity may take before it is skipped; 0 skips it, None sets no limit.
+        progress: called as the work proceeds.
+    """
+    few, table = few_samples(source, samples, SAMPLES), quantized.table
+    types = infer_types(source, few.shapes, few.inputs)
+    device = torch.device(quantized.device)
+    model = TorchModel.of(source, types, cut_blocks(source, types, quantized.islands, Config()), device, max(few.count, CHUNK))
+    fits = (*weight_fits(source, table), *activation_fits(model, table, few))
+    if limit == 0:
+        return fits, Sensitivity(0, None, (), 0.0, "--no-sensitivity")
+    return fits, sensitivity(model, table, few, limit, lambda done, total: progress("sensitivity of layers", done, total, float("nan")))
+
+
 def with_biases(source: SourceModel, placement: Placement, block: Block, table: QuantTable) -> QuantTable:
     """Add the int32 codes of a block's biases, whose scales follow from the inputs' and the weights'."""
     inside = {node.name for node in block.nodes}
@@ -408,7 +433,8 @@ def _finished(run: RunFolder | None, total: int) -> list[UnitResult]:
         return []
     run.begin_units(total)
     stages = itertools.takewhile(lambda stage: stage is not None, (run.load(_unit(number)) for number in range(total)))
-    return [UnitResult(**_frozen(stage.facts), changes=stage.tensors) for stage in stages if stage is not None]
+    facts = [(_frozen(stage.facts), stage.tensors) for stage in stages if stage is not None]
+    return [UnitResult(**f | {"curve": tuple(CurvePoint(*p) for p in f["curve"])}, changes=tensors) for f, tensors in facts]
 
 
 def _stage(result: UnitResult) -> Stage:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,13 +26,27 @@ Progress = Callable[[int, int, float], None]
 """Called now and then with (iteration, iterations, reconstruction loss)."""
 
 
+class CurvePoint(NamedTuple):
+    """The state of a unit's optimisation at one step.
+
+    `loss` is the reconstruction loss of the mini-batch, `regulariser` lambda * sum(1 - |2h - 1|^beta) and `beta` its exponent (both NaN
+    during the warm-up, which has none), `decided` the share of weights whose rounding is all but made.
+    """
+
+    iteration: int
+    loss: float
+    regulariser: float
+    beta: float
+    decided: float
+
+
 @dataclass(frozen=True)
 class UnitResult:
     """What the reconstruction of one unit came to.
 
     `loss_before` and `loss_after` are hard-quantized losses over all samples: rounding to nearest on the calibrated grids, and the learned
     codes and steps. `kept` says which of the two is in the table. `flipped` is the share of weights whose code differs from rounding to
-    nearest, `undecided` the share whose soft rounding was still open at the end. `curve` has (iteration, loss of its mini-batch).
+    nearest, `undecided` the share whose soft rounding was still open at the end. `curve` has some 40 points of the optimisation.
     """
 
     unit: str
@@ -42,7 +57,7 @@ class UnitResult:
     seconds: float
     flipped: float
     undecided: float
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[CurvePoint, ...]
     changes: Mapping[str, TensorQuant]
 
 
@@ -129,7 +144,7 @@ def _learn(
     table: QuantTable,
     settings: Settings,
     progress: Progress,
-) -> tuple[QuantTable, tuple[tuple[int, float], ...], float]:
+) -> tuple[QuantTable, tuple[CurvePoint, ...], float]:
     device, generator = draw.device, draw.generator
     rounding = _Rounding({name: floats[name] for name in weights}, table, device)
     constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in floats.items()}
@@ -153,7 +168,7 @@ def _learn(
         return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, keep)  # pyright: ignore[reportReturnType]
 
     every = max(settings.iterations // _CURVE_POINTS, 1)
-    curve: list[tuple[int, float]] = []
+    curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
         soft, batches = rounding.soft_weights(), draw.selections()
         loss = torch.zeros((), device=device)
@@ -163,7 +178,10 @@ def _learn(
             if part.requires_grad:
                 part.backward()
             loss += part.detach()
-        rounding.set_gradient(settings.round_weight, _beta(iteration, settings))
+        beta = _beta(iteration, settings)
+        is_point = iteration % every == 0 or iteration == settings.iterations - 1
+        state = torch.stack([loss, *rounding.state(settings.round_weight, beta)]) if is_point else None
+        rounding.set_gradient(settings.round_weight, beta)
         weight_optimizer.step()
         if step_optimizer is not None:
             step_optimizer.param_groups[0]["lr"] = settings.activation_lr * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
@@ -172,9 +190,9 @@ def _learn(
             with torch.no_grad():
                 for factor in moving:
                     factor.clamp_(min=_SMALLEST_FACTOR)
-        if iteration % every == 0 or iteration == settings.iterations - 1:
-            value = loss.item()
-            curve.append((iteration, value))
+        if state is not None:
+            value, regulariser, decided = state.tolist()  # the only wait for the device
+            curve.append(CurvePoint(iteration, value, regulariser, math.nan if beta is None else beta, decided))
             progress(iteration + 1, settings.iterations, value)
     changes = rounding.hard_codes(table)
     changes |= {name: replace(grids[name], scale=np.float32((calibrated[name] * factor).item())) for name, factor in factors.items()}
@@ -232,6 +250,15 @@ class _Rounding:
             torch.addcmul(self._fixed, self._soft, self._span, out=self._weights)
         self._gradient.zero_()
         return self._leaves
+
+    @torch.no_grad()
+    def state(self, round_weight: float, beta: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The regulariser (NaN where there is none yet) and the share of decided weights, under the present soft rounding."""
+        sharpness = self._soft.mul(2.0).sub_(1.0).abs_()
+        decided = ((sharpness >= _DECIDED) | (self._span == 0)).float().mean()
+        if beta is None:
+            return torch.full_like(decided, math.nan), decided
+        return (1.0 - sharpness.pow_(beta)).sum().mul_(round_weight), decided
 
     @torch.no_grad()
     def set_gradient(self, round_weight: float, beta: float | None) -> None:

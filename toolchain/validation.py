@@ -49,7 +49,7 @@ class ValidationReport:
 
     `simulation` compares the deployed file with the torch simulation and `unfused` with its own unoptimised execution, through the whole
     network; `integer_arithmetic` does so operator by operator, and `simulated_arithmetic` compares the file as it is written with the
-    simulation on every value.
+    simulation on every value. `lost` counts the samples that only the float model gets right, `won` those that only the quantized one does.
     """
 
     provider: str
@@ -58,6 +58,8 @@ class ValidationReport:
     top1_quantized: float | None
     top5_float: float | None
     top5_quantized: float | None
+    lost: int | None
+    won: int | None
     agreement: float | None
     sqnr: Mapping[str, float]
     simulation: Parity | None
@@ -129,6 +131,7 @@ def validate(
             return None
         return top_k(outputs[head], scored, k)
 
+    right = [outputs[head].argmax(1) == scored for outputs in (reference, outputs)] if scored is not None and head is not None else None
     return ValidationReport(
         provider=provider,
         samples=samples.count,
@@ -136,6 +139,8 @@ def validate(
         top1_quantized=accuracy(outputs, 1),
         top5_float=accuracy(reference, 5),
         top5_quantized=accuracy(outputs, 5),
+        lost=int((right[0] & ~right[1]).sum()) if right is not None else None,
+        won=int((right[1] & ~right[0]).sum()) if right is not None else None,
         agreement=agreement(reference, outputs, head),
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
         simulation=parity(simulated, outputs, head) if simulated is not None else None,

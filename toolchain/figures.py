@@ -1,0 +1,177 @@
+"""The pictures of a run: each is a pure function of the facts of `report`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from . import plot
+from .plot import BLUE, GREEN, INK, LINE, MUTED, ORANGE, RED
+
+_LOG_RATIO = 40.0  # from which a quantity is drawn on a logarithmic axis
+_MOST_LEVELS = 40  # of a grid that are drawn one by one
+_MOST_LAYERS = 30  # in the picture of the sensitivity
+
+
+def losses(report: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
+    """Loss of the calibrated blocks, and of the units before and after reconstruction; `baseline` is another run's report to overlay."""
+    names = [block["name"] for block in report["blocks"]]
+    places = _places(report)
+    calibrated = [(i, block["loss"]) for i, block in enumerate(report["blocks"]) if block["loss"]]
+
+    def draw(axes: Axes) -> None:
+        plot.spans(axes, [place for place in places.values() if place[0] < place[1]])
+        if calibrated:
+            axes.plot(*zip(*calibrated, strict=True), color=MUTED, marker="o", markersize=4, linewidth=1, label="calibrated, by block")
+        if baseline is not None:
+            rows = [(_last(report, unit["unit"]), _final(unit)) for unit in baseline["units"]]
+            rows = [(place, loss) for place, loss in rows if place is not None]
+            if rows:
+                label = f"reconstructed, units {baseline['config']['units']}"
+                axes.plot(*zip(*rows, strict=True), color=GREEN, marker="s", markersize=4, linewidth=1.2, label=label)
+        for unit in report["units"]:
+            first, last = places[unit["unit"]]
+            x = (first - 0.36, last + 0.36)
+            axes.plot(x, [unit["loss_before"]] * 2, color=BLUE, linewidth=2, solid_capstyle="butt")
+            axes.plot(x, [_final(unit)] * 2, color=ORANGE, linewidth=3.4, solid_capstyle="butt")
+        ends = [(places[unit["unit"]][1], _final(unit)) for unit in report["units"]]
+        if ends:
+            axes.plot(*zip(*ends, strict=True), color=ORANGE, linewidth=1, marker="o", markersize=3)
+        handles, labels = axes.get_legend_handles_labels()
+        handles += [Line2D([], [], color=BLUE, linewidth=2), Line2D([], [], color=ORANGE, linewidth=3.4)]
+        axes.set_ylabel("reconstruction loss")
+        _scale(axes, [loss for _, loss in calibrated] + [loss for _, loss in ends])
+        plot.name_ticks(axes, names)
+        columns = 1 if plot.is_narrow(axes) else 4
+        _legend(axes, handles, [*labels, "unit before", "unit reconstructed"], columns)
+
+    return plot.picture("losses", "reconstruction loss along the network", draw, 340)
+
+
+def capacities(report: dict[str, Any]) -> str:
+    """Capacity of each block, with the units shaded."""
+    blocks = report["blocks"]
+    places = _places(report)
+
+    def draw(axes: Axes) -> None:
+        plot.spans(axes, [place for place in places.values() if place[0] < place[1]])
+        colors = [ORANGE if block["opens_stage"] else BLUE for block in blocks]
+        axes.bar(range(len(blocks)), [block["capacity"] for block in blocks], color=colors, width=0.6)
+        axes.set_ylabel("ModCap")
+        _scale(axes, [block["capacity"] for block in blocks if block["capacity"] > 0])
+        plot.name_ticks(axes, [block["name"] for block in blocks])
+        handles = [Line2D([], [], color=color, linewidth=6) for color in (BLUE, ORANGE)]
+        _legend(axes, handles, ["block", "block that opens a stage"], 2)
+
+    return plot.picture("capacities", "capacity of each block", draw, 260)
+
+
+def curve(position: int, unit: dict[str, Any]) -> str:
+    """The optimisation of one unit: each quantity as a share of its largest value."""
+    points = unit["curve"]
+
+    def draw(axes: Axes) -> None:
+        for key, color in (("loss", ORANGE), ("regulariser", BLUE), ("beta", MUTED), ("decided", GREEN)):
+            values = [math.nan if value is None else value for value in points[key]]
+            largest = 1.0 if key == "decided" else max((v for v in values if v == v), default=0.0)
+            if largest > 0:
+                axes.plot(points["iteration"], [v / largest for v in values], color=color, linewidth=1.0 if key == "beta" else 1.6)
+        axes.set_ylim(0, 1.05)
+        axes.set_yticks([0, 0.5, 1], ["0", "", "max"])
+        axes.margins(x=0.01)
+        axes.locator_params(axis="x", nbins=4)
+
+    return plot.svg(f"curve{position}", f"optimisation of unit {unit['unit']}", draw, 270, 120, margins=(30, 18))
+
+
+def histogram(position: int, value: dict[str, Any]) -> str:
+    """The values of a tensor and the grid they are rounded to."""
+    low, high, counts = value["low"], value["high"], value["counts"]
+    first, last, step = value["grid"]
+    width = (high - low) / len(counts)
+
+    def draw(axes: Axes) -> None:
+        edges = [low + i * width for i in range(len(counts) + 1)]
+        inside = [first - step / 2 <= edge + width / 2 <= last + step / 2 for edge in edges[:-1]]
+        for color, chosen in ((BLUE, True), (RED, False)):
+            axes.stairs([n if fits is chosen else 0 for n, fits in zip(counts, inside, strict=True)], edges, fill=True, color=color)
+        axes.axvspan(max(first - step / 2, low), min(last + step / 2, high), color=GREEN, alpha=0.1, linewidth=0)
+        levels = round((last - first) / step) + 1
+        if levels <= _MOST_LEVELS:
+            axes.vlines([first + level * step for level in range(levels)], 0.5, max(counts), color=GREEN, linewidth=0.8, alpha=0.8)
+        axes.set_yscale("log")
+        axes.set_yticks([])
+        axes.minorticks_off()
+        axes.set_ylim(0.5, max(counts) * 1.5)
+        axes.set_xlim(
+            min(low, first - step / 2) if levels <= _MOST_LEVELS else low, max(high, last + step / 2 if levels <= _MOST_LEVELS else high)
+        )
+        axes.locator_params(axis="x", nbins=5)
+
+    return plot.svg(f"histogram{position}", f"histogram of {value['name']}", draw, 270, 120, margins=(4, 18))
+
+
+def sensitivities(found: dict[str, Any]) -> str:
+    """The layers that hurt most: the output when only they are quantized, and what leaving only them float gains."""
+    layers = sorted(found["layers"], key=lambda row: row["only_quantized"] if row["only_quantized"] is not None else math.inf)[
+        :_MOST_LAYERS
+    ]
+    whole = found["all_quantized"]
+
+    def draw(axes: Axes) -> None:
+        rows = range(len(layers))
+        for y, layer in zip(rows, layers, strict=True):
+            ends = [v for v in (layer["only_float"], layer["only_quantized"]) if v is not None]
+            axes.plot(ends, [y] * len(ends), color=LINE, linewidth=1)
+        for key, color, label in (("only_quantized", BLUE, "only this layer quantized"), ("only_float", ORANGE, "only this layer float")):
+            points = [(layer[key], y) for y, layer in zip(rows, layers, strict=True) if layer[key] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=0, label=label)
+        room = 18 if plot.is_narrow(axes) else 52
+        axes.set_yticks(list(rows), [_tail(layer["node"], room) for layer in layers])
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("SQNR of the output, dB")
+        if whole is not None:
+            plot.mark(axes, whole, "all quantized", INK)
+        _legend(axes, *axes.get_legend_handles_labels(), 1 if plot.is_narrow(axes) else 2)
+
+    return plot.picture("sensitivity", "sensitivity of the layers", draw, 90 + 15 * len(layers))
+
+
+def _places(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """First and last block of each unit."""
+    position = {block["name"]: index for index, block in enumerate(report["blocks"])}
+    parts = {unit: unit.split("+") for unit in report["plan"]["units"]}
+    return {unit: (position[names[0]], position[names[-1]]) for unit, names in parts.items()}
+
+
+def _last(report: dict[str, Any], unit: str) -> int | None:
+    """The position of another run's unit among the blocks of this one."""
+    return next((i for i, block in enumerate(report["blocks"]) if block["name"] == unit.split("+")[-1]), None)
+
+
+def _final(unit: dict[str, Any]) -> float:
+    """The loss of what is in the table."""
+    return min(unit["loss_before"], unit["loss_after"]) if unit["loss_after"] is not None else unit["loss_before"]
+
+
+def _scale(axes: Axes, values: Sequence[float]) -> None:
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) > _LOG_RATIO * min(positive):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+
+
+def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
+    axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.4)
+
+
+def _tail(name: str, room: int) -> str:
+    """The end of a name tells layers apart."""
+    return name if len(name) <= room else "…" + name[1 - room :]

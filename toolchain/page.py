@@ -1,0 +1,273 @@
+"""The report as one self-contained page: a pure function of the facts in report.json, with no script and nothing from the network."""
+
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from importlib import resources
+from typing import Any
+
+from . import figures
+from .block_picture import STYLE, block_picture
+from .wording import decibel, duration, faster, island_lines, size, smaller, worst_sqnr
+
+_SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
+_CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
+_FIT_KEYS = (("--blue", "on the grid"), ("--red", "clipped"), ("--green", "grid and its levels"))
+
+
+def report_page(report: dict[str, Any], baseline: dict[str, Any] | None = None) -> str:
+    """The page of a `quantize` run; `baseline` is the report of another run of the same model, whose losses are overlaid."""
+    name = report["model"]["path"].replace("\\", "/").rsplit("/", 1)[-1]
+    config = report["config"]
+    title = f"{name}, W{config['weight-bits']}A{config['activation-bits']}"
+    sections: Iterable[Callable[[], str]] = (
+        lambda: _verdict(report["verdict"]),
+        lambda: _cards(report),
+        lambda: _losses(report, baseline),
+        lambda: _capacities(report),
+        lambda: _curves(report["units"]),
+        lambda: _sensitivity(report["sensitivity"]),
+        lambda: _fits(report["worst_values"]),
+        lambda: _float_nodes(report),
+        lambda: _units(report["units"]),
+        lambda: _blocks(report),
+        lambda: _run(report),
+    )
+    return document(
+        title,
+        f"<h1>{escape(title)}</h1><p class=muted>{escape(report['conventions']['algorithm'])}; units: {escape(report['plan']['why'])}</p>",
+        [part for section in sections if (part := section())],
+    )
+
+
+def document(title: str, head: str, sections: Sequence[str]) -> str:
+    """A page around sections."""
+    css = STYLE + resources.files("toolchain").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body><main>\n{head}\n"
+        + "\n".join(sections)
+        + "\n</main></body></html>\n"
+    )
+
+
+def section(title: str, text: str, *parts: str) -> str:
+    """A titled section; `text` is a sentence on what is shown."""
+    return f"<section><h2>{escape(title)}</h2><p class=muted>{text}</p>{''.join(parts)}</section>"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts; columns whose name ends in > hold numbers."""
+    classes = [" class=number" if column.endswith(">") else "" for column in columns]
+    head = "".join(f"<th{c}>{escape(column.removesuffix('>'))}</th>" for column, c in zip(columns, classes, strict=True))
+    body = "".join(f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>" for row in rows)
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _verdict(verdict: dict[str, str]) -> str:
+    ship, sentence = verdict["ship"], verdict["sentence"]
+    return f'<section class="verdict {ship}"><b>{_SHIP[ship]}</b> {escape(sentence[:1].upper() + sentence[1:])}.</section>'
+
+
+def _cards(report: dict[str, Any]) -> str:
+    v, seconds = report["validation"], report["seconds"]
+    cards = []
+    if v["top1_float"] is not None:
+        low, high = v["intervals"]["top1_quantized"]
+        a, b = v["intervals"]["top1_float"]
+        cards.append(
+            (
+                "top-1 accuracy",
+                f"{v['top1_quantized']:.2f} %",
+                f"95 %: {low:.1f} to {high:.1f}; float {v['top1_float']:.2f} ({a:.1f} to {b:.1f})",
+            )
+        )
+        low, high = v["intervals"]["drop"]
+        cards.append(("change", f"{-v['drop']:+.2f} points", f"95 %: {-high:+.2f} to {-low:+.2f}, paired over {v['samples']:,} samples"))
+    if v["agreement"] is not None:
+        low, high = v["intervals"]["agreement"]
+        cards.append(("same prediction as float", f"{v['agreement']:.2f} %", f"95 %: {low:.1f} to {high:.1f}"))
+    cards.append(("signal to noise", decibel(worst_sqnr(v)), f"of the output, on {v['evaluated_on'].rsplit('/', 1)[-1]}"))
+    cards.append(("file", size(v["quantized_bytes"]), f"{smaller(v)} than {size(v['float_bytes'])}"))
+    latency = v["latency"]
+    provider = v["provider"].removesuffix("ExecutionProvider")
+    cards.append(
+        (
+            "latency",
+            f"{latency['quantized_ms']:.2f} ms",
+            f"{faster(latency)} than {latency['float_ms']:.2f} ms; batch {latency['batch']}, {provider}",
+        )
+    )
+    floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
+    cards.append(("integer kernels", str(v["integer_operators"]), floats + " in float" if floats else "no layer runs in float"))
+    cards.append(
+        (
+            "time taken",
+            duration(seconds["total"]),
+            f"{duration(seconds['reconstruct'])} of it reconstruction, {report['environment']['device']}",
+        )
+    )
+    items = "".join(
+        f"<div class=card><small>{escape(k)}</small><div class=value>{escape(v)}</div><small>{escape(t)}</small></div>" for k, v, t in cards
+    )
+    return f"<div class=cards>{items}</div>"
+
+
+def _losses(report: dict[str, Any], baseline: dict[str, Any] | None) -> str:
+    if not report["units"]:
+        return ""
+    o = report["oscillation"]
+    text = (
+        "Squared error of each block's output against the float model, everything before it quantized too. Shaded blocks are one unit: "
+        "they were reconstructed jointly, and only the unit's last output has a loss. "
+        "The oscillation (sum of the drops from one to the next, 0 for a loss that only accumulates) is "
+        f"{o['blocks_calibrated']:.4g} over the calibrated blocks, {o['units_before']:.4g} over the units before and "
+        f"{o['units_after']:.4g} after reconstruction."
+    )
+    if baseline is not None:
+        other = baseline["oscillation"]["units_after"]
+        found = f"{other:.4g} after reconstruction" if other is not None else "not measured (nothing was reconstructed)"
+        text += f" In the overlaid run, with units {escape(baseline['config']['units'])}, it is {found}."
+    return section("Reconstruction loss", text, figures.losses(report, baseline))
+
+
+def _capacities(report: dict[str, Any]) -> str:
+    merged = [row for row in report["plan"]["boundaries"] if row["merged"]]
+    text = f"Parameters times bits of each block, scaled where a stage opens. Units: {escape(report['plan']['why'])}."
+    rows = [_boundary(row) for row in report["plan"]["boundaries"]]
+    columns = ("neighbours", "capacity gap>", "loss drop>", "")
+    chosen = table(columns, [_boundary(row) for row in merged]) if merged else "<p>No blocks are joined.</p>"
+    return section("Capacity and units", text, figures.capacities(report), chosen, _details("all boundaries", table(columns, rows)))
+
+
+def _boundary(row: dict[str, Any]) -> tuple[str, ...]:
+    drop = row["loss_drop"]
+    return (
+        " | ".join(row["blocks"]),
+        f"{row['capacity_gap']:.3g}",
+        f"{drop:+.4g}" if drop is not None else "",
+        "joined" if row["merged"] else "",
+    )
+
+
+def _curves(units: list[dict[str, Any]]) -> str:
+    if not units:
+        return ""
+    items = "".join(
+        f"<div class=multiple><h3>{escape(unit['unit'])}</h3><small>loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}, "
+        f"{100 * (1 - unit['undecided']):.1f} % decided</small>{figures.curve(i, unit)}</div>"
+        for i, unit in enumerate(units)
+    )
+    text = (
+        "Over the iterations, each as a share of its largest value; the loss is that of a mini-batch. Decided: weights whose rounding is "
+        "all but made."
+    )
+    return section("How each unit was learned", text, _keys(_CURVE_KEYS), f"<div class=multiples>{items}</div>")
+
+
+def _sensitivity(found: dict[str, Any]) -> str:
+    if found["skipped"] is not None:
+        return section("Sensitivity of the layers", f"Not measured: {escape(found['skipped'])}.")
+    if not found["layers"]:
+        return ""
+    text = (
+        f"Signal to noise of the output over {found['samples']} samples. A layer with a low blue dot hurts by itself; one whose orange dot "
+        "is far to the right of the line is worth keeping float or giving more bits; left of the line, what follows has learned to "
+        "make up for it. A layer is its weight, its bias and its input."
+    )
+    rows = [
+        (row["node"], f"{row['weight_bits']}/{row['input_bits'] or 'float'}", decibel(row["only_quantized"]), decibel(row["only_float"]))
+        for row in found["layers"]
+    ]
+    columns = ("layer", "bits W/A>", "only it quantized>", "only it float>")
+    return section(
+        "Sensitivity of the layers", text, figures.sensitivities(found), _details(f"all {len(rows)} layers", table(columns, rows))
+    )
+
+
+def _fits(values: list[dict[str, Any]]) -> str:
+    if not values:
+        return ""
+    items = "".join(
+        f"<div class=multiple><h3>{escape(value['name'])}</h3><small>{value['kind']}, {value['bits']} bits, {decibel(value['sqnr'])}, "
+        f"{100 * value['clipped']:.2g} % clipped</small>{figures.histogram(i, value)}</div>"
+        for i, value in enumerate(values)
+    )
+    text = (
+        "The weights and activations with the most rounding noise of their own, counts on a logarithmic axis. Weights are in steps of "
+        "their channel's grid; activations in their own unit, as the float model makes them."
+    )
+    return section("Values that their grid fits worst", text, _keys(_FIT_KEYS), f"<div class=multiples>{items}</div>")
+
+
+def _float_nodes(report: dict[str, Any]) -> str:
+    cover = report["coverage"]
+    share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
+    text = f"{share:.1f} % of {cover['weights']:,} weights are on integer grids ({cover['layers_quantized']} of {cover['layers']} layers)."
+    text += "".join(f" Float island, left to ONNX Runtime: {escape(line)}." for line in island_lines(report["islands"]))
+    rows = [(row["node"], row["op_type"], row["reason"]) for row in report["float_nodes"]]
+    return section("What stayed float", text, table(("node", "operator", "why"), rows) if rows else "<p>Nothing that has weights.</p>")
+
+
+def _units(units: list[dict[str, Any]]) -> str:
+    if not units:
+        return ""
+    rows = [
+        (
+            unit["unit"],
+            f"{unit['loss_before']:.4g}",
+            f"{unit['loss_after']:.4g}",
+            unit["kept"],
+            f"{100 * unit['flipped']:.1f} %",
+            f"{100 * unit['undecided']:.1f} %",
+            f"{unit['seconds']:.1f}",
+        )
+        for unit in units
+    ]
+    columns = ("unit", "loss before>", "after>", "kept", "flipped>", "undecided>", "seconds>")
+    text = (
+        "Hard-quantized losses over all calibration samples; the better of the two is kept. Flipped: weights rounded to the other side "
+        "than the nearest. Undecided: weights whose soft rounding was still open at the end; many of them ask for more iterations."
+    )
+    return section("Units", text, table(columns, rows))
+
+
+def _blocks(report: dict[str, Any]) -> str:
+    text = f"{len(report['blocks'])} blocks in {len(report['plan']['units'])} units, from the input down. "
+    text += "Frames are units of several blocks; orange boxes open a stage."
+    return section("Blocks", text, f'<div class="picture">{block_picture(report)}</div>')
+
+
+def _run(report: dict[str, Any]) -> str:
+    model, environment = report["model"], report["environment"]
+    memory = report["memory_peak_bytes"]
+    facts = [
+        ("model", f"{model['path']}, opset {model['opset']}"),
+        ("sha256", model["sha256"]),
+        ("output", model["output"]),
+        ("target", f"{report['conventions']['target']}; {report['conventions']['target_reasons']}"),
+        ("precision", report["conventions"]["precision"]),
+        (
+            "calibration",
+            f"{report['calibration']['samples']} samples; import to torch differs by {report['calibration']['import_error']:.1e} at most",
+        ),
+        ("machine", f"{environment['gpu'] or environment['processor']}, {environment['cores']} cores, {environment['platform']}"),
+        (
+            "versions",
+            ", ".join(f"{name} {version}" for name, version in environment["versions"].items()) + f", Python {environment['python']}",
+        ),
+        ("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items() if value is not None)),
+        ("memory", size(memory) + " at most" if memory is not None else "not measured on this system"),
+    ]
+    options = ", ".join(f"--{key} {value}" for key, value in report["config"].items() if value not in ([], None))
+    items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts)
+    return section("The run", "", f"<dl>{items}<dt>options</dt><dd><code>{escape(options)}</code></dd></dl>")
+
+
+def _details(title: str, body: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+
+
+def _keys(keys: Iterable[tuple[str, str]]) -> str:
+    items = [f'<span><i style="background:var({color})"></i>{escape(text)}</span>' for color, text in keys]
+    return f"<div class=keys>{''.join(items)}</div>"

@@ -1,0 +1,210 @@
+"""The terminal: progress, the closing summary and the tables. Every number comes from the JSON-ready facts of `report`."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bars
+from rich.table import Column, Table
+from rich.text import Text
+
+from .wording import duration, faster, headline, island_lines, kind, size, smaller
+
+_SHIP = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
+_MOST_ROWS = 8  # of one kind in the closing summary; the rest is in the report
+_HEARTBEAT = 30.0  # seconds between lines where there is no terminal to draw a bar on
+_NARROW = 76  # columns below which the bar gives way to the figures
+
+Progress = Callable[[str, int, int, float], None]
+
+
+def summary(report: dict[str, Any]) -> Group:
+    """Five lines for the one who deploys the model, then whatever did not go as asked."""
+    verdict = report["verdict"]
+    lines = [
+        ("ship", f"[{_SHIP[verdict['ship']]}]{verdict['ship']}[/]: {escape(verdict['sentence'])}"),
+        *((key, escape(text)) for key, text in headline(report)),
+    ]
+    kept = [unit["unit"] for unit in report["units"] if unit["kept"] != "learned"]
+    if kept:
+        lines.append(("not improved", f"{escape(', '.join(kept))}: reconstruction ended with a larger loss, the calibrated unit was kept"))
+    lines += [("float island", escape(line)) for line in island_lines(report["islands"])]
+    floats = [f"{row['op_type']} {row['node']}: {row['reason']}" for row in report["float_nodes"]]
+    lines += [("stays float", escape(text)) for text in floats[:_MOST_ROWS]]
+    if len(floats) > _MOST_ROWS:
+        lines.append(("", f"and {len(floats) - _MOST_ROWS} more, all in the report"))
+    return Group(_facts(lines))
+
+
+def details(report: dict[str, Any]) -> Group:
+    """What `--verbose` adds: the whole validation, how the result came about, and the units."""
+    cover, seconds, config = report["coverage"], report["seconds"], report["config"]
+    share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
+    facts = [
+        ("weights on integer grids", f"{share:.1f} % of {cover['weights']:,} ({cover['layers_quantized']} of {cover['layers']} layers)"),
+        ("target", escape(report["conventions"]["target"])),
+        ("convention", escape(report["conventions"]["precision"])),
+    ]
+    parts: list[Any] = [validation_table(report["validation"])]
+    if report["units"]:
+        improved = sum(u["kept"] == "learned" for u in report["units"])
+        before, after = (report["oscillation"][key] for key in ("blocks_calibrated", "units_after"))
+        merges = ", ".join(name for name in report["plan"]["units"] if "+" in name) or "none"
+        facts += [
+            ("units", f"{len(report['plan']['units'])} of {len(report['blocks'])} blocks; joined: {merges}"),
+            ("reconstruction", f"{improved} of {len(report['units'])} units improved, {seconds['reconstruct']:.0f} s"),
+            ("oscillation of the loss", f"{before:.4g} calibrated, {after:.4g} reconstructed"),
+        ]
+        if config["preset"] != "best" or "iterations" in config:
+            facts.append(("--preset best", f"would reconstruct for about {duration(seconds['best_preset_estimate'])} here"))
+        parts.append(unit_table(report))
+    return Group(*parts, _facts(facts))
+
+
+def unit_table(report: dict[str, Any]) -> Table:
+    """One line for each unit: losses before and after, what was kept."""
+    table = _table("Units", "unit", "loss before>", "after>", "kept", "flipped>", "seconds>")
+    for unit in report["units"]:
+        flipped, seconds = f"{100 * unit['flipped']:.1f} %", f"{unit['seconds']:.1f}"
+        table.add_row(unit["unit"], f"{unit['loss_before']:.4g}", f"{unit['loss_after']:.4g}", unit["kept"], flipped, seconds)
+    return table
+
+
+def block_table(plan: dict[str, Any]) -> Table:
+    """One line for each block: what it is, its capacity, and the unit it is reconstructed in when that is larger."""
+    table = _table("Blocks", "block", "unit", "kind", "opens", "layers>", "weights>", "ModCap>", "last node")
+    unit_of = {part: unit for unit in plan["plan"]["units"] for part in unit.split("+")}
+    for block in plan["blocks"]:
+        unit = unit_of[block["name"]]
+        table.add_row(
+            block["name"],
+            unit if "+" in unit else "",
+            kind(block),
+            "stage" if block["opens_stage"] and block["layers"] else "",
+            str(len(block["layers"])),
+            f"{block['weights']:,}",
+            f"{block['capacity']:.3g}",
+            escape("/".join(block["last_node"].split("/")[-2:])),
+        )
+    return table
+
+
+def validation_table(v: dict[str, Any]) -> Table:
+    """Float beside quantized, as ONNX Runtime executes them."""
+    table = _table(f"{v['provider']}, {v['samples']} samples of {v['evaluated_on']}", "", "float>", "quantized>", ">")
+    for key in ("top1", "top5"):
+        if v[f"{key}_float"] is not None:
+            a, b = v[f"{key}_float"], v[f"{key}_quantized"]
+            table.add_row(f"{key[:3]}-{key[3]} accuracy", f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points")
+    if v["agreement"] is not None:
+        table.add_row("same prediction as float", "", f"{v['agreement']:.2f} %", "")
+    for name, value in v["sqnr"].items():
+        table.add_row(f"SQNR of {escape(name)}", "", f"{value:.2f} dB" if value is not None else "exact", "")
+    table.add_row("file", size(v["float_bytes"]), size(v["quantized_bytes"]), smaller(v))
+    latency = v["latency"]
+    table.add_row(
+        f"latency, batch {latency['batch']}", *(f"{latency[key]:.2f} ms" for key in ("float_ms", "quantized_ms")), faster(latency)
+    )
+    floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items()) or "no layer in float"
+    table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
+    arithmetic = v["integer_arithmetic"]
+    table.add_row("each kernel = float", "", f"within {arithmetic['steps']:.0f} step", f"{arithmetic['share']:.2g} % of codes differ")
+    if v["simulated_arithmetic"] is not None:
+        s = v["simulated_arithmetic"]
+        table.add_row("file = simulation", "", f"within {s['steps']:.0f} step", f"{s['values']} values, {s['share']:.2g} % of codes differ")
+    if v["simulation"] is not None:
+        s = v["simulation"]
+        agrees = f"{s['agreement']:.2f} %" if s["agreement"] is not None else f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact"
+        table.add_row("ONNX Runtime = simulation", "", agrees, f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact")
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    """A plain table; a column whose name ends in > is aligned to the right, and the last one gives way on narrow terminals."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        is_last = column is columns[-1]
+        justify = "right" if column.endswith(">") else "left"
+        table.add_column(column.removesuffix(">"), justify=justify, no_wrap=not is_last, overflow="ellipsis")
+    return table
+
+
+@contextmanager
+def progress_on(console: Console) -> Iterator[Progress]:
+    """A bar with loss, rate and time left on a terminal; elsewhere a line for each new piece of work and every half minute."""
+    if console.quiet:
+        yield lambda *_: None
+    elif not console.is_terminal:
+        yield _Lines(console).show
+    else:
+        with Bars(*_columns(console.width), console=console, transient=True, expand=True) as bars:
+            yield _Bar(bars).show
+
+
+class _Lines:
+    """For pipes and the logs of build servers: no control characters, no line twice."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._what, self._stage = "", ""
+        self._printed = self._started = time.monotonic()
+
+    def show(self, what: str, done: int, total: int, loss: float) -> None:
+        now = time.monotonic()
+        stage = what.split()[0]
+        if stage != self._stage:
+            self._stage, self._started = stage, now
+        if what == self._what and now - self._printed < _HEARTBEAT:
+            return
+        parts = [f"{100 * done // max(total, 1)} %"]
+        if loss == loss:
+            parts.append(f"loss {loss:.4g}")
+        spent = now - self._started
+        if done and spent > 1:
+            parts += [f"{done / spent:.3g} steps/s", f"{duration((total - done) * spent / done)} left"]
+        self._what, self._printed = what, now
+        self._console.print(f"{what} ({', '.join(parts)})", soft_wrap=True, markup=False)
+
+
+class _Bar:
+    """One bar that starts anew with each stage."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task, self._stage = bars.add_task("starting", loss=""), ""
+
+    def show(self, what: str, done: int, total: int, loss: float) -> None:
+        if what.split()[0] != self._stage:
+            self._stage = what.split()[0]
+            self._bars.reset(self._task)
+        text = f"loss {loss:.3g}" if loss == loss else ""
+        self._bars.update(self._task, description=escape(what), completed=done, total=total, loss=text)
+
+
+class _Rate(ProgressColumn):
+    """Steps per second and the time left."""
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        rate = f"{task.speed:.3g}/s" if task.speed else ""
+        return Text(f"{rate:>7} {duration(left) + ' left' if left is not None else '':>11}", style="dim")
+
+
+def _columns(width: int) -> list[ProgressColumn]:
+    what = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    figures: list[ProgressColumn] = [TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[loss]:>10}"), _Rate()]
+    return [what, *([BarColumn(bar_width=20)] if width >= _NARROW else []), *figures]
+
+
+def _facts(pairs: list[tuple[str, str]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in pairs:
+        table.add_row(Text(key, style="dim"), value)
+    return table

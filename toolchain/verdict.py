@@ -1,0 +1,94 @@
+"""Whether to ship: what a validation means for the one who deploys the model, in one sentence and with its reason."""
+
+from dataclasses import dataclass
+
+from .intervals import paired_difference, wilson
+from .validation import ValidationReport
+
+# Codes on rounding ties flip, and a deep network amplifies that, at most until the two executions are as independent as two roundings: then
+# they differ by 3 dB more than either from the float model. What is beyond is an error.
+_PARITY_AGREEMENT = 99.0  # percent of predictions
+_PARITY_SQNR = 20.0  # dB, where there are no classes
+_PARITY_MARGIN = 4.0  # dB
+_PARITY_STEPS = 2.0  # rounding explains one step
+_YARDSTICK = 1.0  # points of accuracy, where --max-drop names no other limit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`ship` is yes, no or unclear; `sentence` gives the reason, and what would make it clear."""
+
+    ship: str
+    sentence: str
+
+
+def parity_problem(checked: ValidationReport) -> str | None:
+    """Why a file is not what was learned: ONNX Runtime computes something else on this machine. None where it is."""
+    arithmetic = checked.integer_arithmetic
+    if arithmetic.steps >= _PARITY_STEPS:
+        return (
+            f"{arithmetic.worst}: on this machine ONNX Runtime's kernel is {arithmetic.steps:.0f} steps off what the file says "
+            f"({arithmetic.share:.2g} % of all codes differ); the model was written. Products of 8-bit weights and 8-bit activations "
+            "saturate on x86 CPUs without VNNI instructions: --reduce-range avoids that"
+        )
+    exactness = checked.simulated_arithmetic
+    if exactness is not None and exactness.steps >= _PARITY_STEPS:
+        return (
+            f"{exactness.worst}: the written file is {exactness.steps:.0f} steps off the simulation there ({exactness.share:.2g} % of all "
+            "codes differ): it is not the model that was learned. This is a defect of the exporter, please report it"
+        )
+    found, error = checked.simulation, min(checked.sqnr.values())
+    if found is None or found.sqnr >= error - _PARITY_MARGIN:
+        return None
+    if found.sqnr >= _PARITY_SQNR if found.agreement is None else found.agreement >= _PARITY_AGREEMENT:
+        return None
+    return (
+        f"ONNX Runtime differs from the simulation ({found.sqnr:.1f} dB) more than the quantized model from the float one "
+        f"({error:.1f} dB): the model was written, but its accuracy is not the one that was learned"
+    )
+
+
+def intervals(checked: ValidationReport) -> dict[str, tuple[float, float]]:
+    """95 % confidence intervals of the accuracies and the agreement in percent, and of the paired drop in points."""
+    n = checked.samples
+    shares = {"top1_float": checked.top1_float, "top1_quantized": checked.top1_quantized, "agreement": checked.agreement}
+    found = {key: wilson(round(share * n / 100), n) for key, share in shares.items() if share is not None}
+    if checked.lost is not None and checked.won is not None:
+        found["drop"] = paired_difference(checked.lost, checked.won, n)
+    elif checked.agreement is not None:
+        low, high = found["agreement"]
+        found["drop"] = (100 - high, 100 - low)
+    return found
+
+
+def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool) -> Verdict:
+    """Judge a validated model against `--max-drop`, or against one point where no limit was given.
+
+    Args:
+        checked: the validation.
+        max_drop: the limit in points; None for the yardstick of one point.
+        is_held_out: whether the samples are others than those that were calibrated on.
+    """
+    problem = parity_problem(checked)
+    if problem is not None:
+        return Verdict("no", f"ONNX Runtime does not compute what was learned: {problem}")
+    if checked.drop is None:
+        return Verdict(
+            "unclear", f"there are no classes to compare; judge by the SQNR of {min(checked.sqnr.values()):.1f} dB in your own metric"
+        )
+    limit = _YARDSTICK if max_drop is None else max_drop
+    named = f"the yardstick of {limit:g} point without --max-drop" if max_drop is None else f"--max-drop {limit:g}"
+    low, high = intervals(checked)["drop"]
+    drop = f"accuracy is {abs(checked.drop):.2f} points {'lower' if checked.drop >= 0 else 'higher'} (95 %: {-high:+.2f} to {-low:+.2f})"
+    if checked.top1_float is None:
+        drop = f"{checked.drop:.2f} % of the predictions differ from the float model's (95 %: {low:.2f} to {high:.2f})"
+    if not is_held_out:
+        return Verdict("unclear", f"{drop}, but on the samples it was calibrated on; give --eval-data")
+    if max_drop is not None and checked.drop > max_drop:
+        return Verdict("no", f"{drop}; the limit is {named}")
+    if low > limit:
+        return Verdict("no", f"{drop}, more than {named}")
+    if high <= limit:
+        return Verdict("yes", f"{drop}, within {named}")
+    more = "more labelled samples" if checked.top1_float is not None else "more samples"
+    return Verdict("unclear", f"{drop}: {named} lies within the interval; {more} would decide")

@@ -1,0 +1,95 @@
+"""The figures of a run in words, the same in the terminal and on the page."""
+
+from typing import Any
+
+
+def size(count: int) -> str:
+    """Bytes as MB or kB."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def faster(latency: dict[str, float]) -> str:
+    """The quantized model beside the float one."""
+    ratio = latency["float_ms"] / latency["quantized_ms"]
+    return f"{ratio:.2f}x faster" if ratio >= 1 else f"{1 / ratio:.2f}x slower"
+
+
+def smaller(v: dict[str, Any]) -> str:
+    """The quantized file beside the float one."""
+    ratio = v["float_bytes"] / v["quantized_bytes"]
+    return f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio:.2f}x larger"
+
+
+def decibel(value: float | None, digits: int = 1) -> str:
+    """A ratio in dB; None stands for infinite."""
+    return f"{value:.{digits}f} dB" if value is not None else "exact"
+
+
+def worst_sqnr(v: dict[str, Any]) -> float | None:
+    """The least SQNR over the outputs of a validation; None where all are exact."""
+    return min((value for value in v["sqnr"].values() if value is not None), default=None)
+
+
+def kind(block: dict[str, Any]) -> str:
+    """What a block is."""
+    if block["is_island"]:
+        return "float island"
+    return "residual" if block["is_residual"] else "chain" if block["layers"] else "no weights"
+
+
+def island_lines(islands: list[dict[str, Any]]) -> list[str]:
+    """One line for each reason why nodes are left to ONNX Runtime."""
+    why: dict[str, list[dict[str, Any]]] = {}
+    for island in islands:
+        why.setdefault("; ".join(island["reasons"]), []).append(island)
+    lines = []
+    for reason, rows in why.items():
+        count, weights = sum(len(row["nodes"]) for row in rows), sum(row["weights"] for row in rows)
+        held = f", with {weights:,} weights" if weights else ""
+        lines.append(f"{count} {'node' if count == 1 else 'nodes'}{held}: {reason} ({', '.join(row['block'] for row in rows)})")
+    return lines
+
+
+def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Accuracy, speed, size and exactness of a run, one line each."""
+    v = report["validation"]
+    sizes = f"{size(v['float_bytes'])} float, {size(v['quantized_bytes'])} quantized: {smaller(v)}"
+    return [("accuracy", _accuracy(v)), ("speed", _speed(v)), ("size", sizes), ("exact", _exactness(v))]
+
+
+def _accuracy(v: dict[str, Any]) -> str:
+    parts = []
+    if v["top1_float"] is not None:
+        low, high = v["intervals"]["top1_quantized"]
+        parts.append(f"top-1 {v['top1_float']:.2f} % float, {v['top1_quantized']:.2f} % quantized (95 %: {low:.1f} to {high:.1f})")
+    if v["agreement"] is not None:
+        parts.append(f"{v['agreement']:.2f} % the same prediction as float")
+    parts.append(f"SQNR {decibel(worst_sqnr(v))}")
+    return f"{'; '.join(parts)}; {v['samples']} samples of {v['evaluated_on']}"
+
+
+def _speed(v: dict[str, Any]) -> str:
+    latency = v["latency"]
+    floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
+    kernels = f"{v['integer_operators']} integer kernels, {floats + ' in float' if floats else 'no layer in float'}"
+    return (
+        f"{latency['float_ms']:.2f} ms float, {latency['quantized_ms']:.2f} ms quantized: {faster(latency)} at batch {latency['batch']} "
+        f"({v['provider'].removesuffix('ExecutionProvider')}); {kernels}"
+    )
+
+
+def _exactness(v: dict[str, Any]) -> str:
+    arithmetic, found = v["integer_arithmetic"], v["simulation"]
+    text = f"each kernel within {arithmetic['steps']:.0f} steps of what the file says"
+    if found is None:
+        return text
+    if found["agreement"] is not None:
+        return f"{text}; {found['agreement']:.2f} % the same prediction as the simulation that was learned"
+    return f"{text}; {decibel(found['sqnr'])} to the simulation that was learned"
