@@ -99,7 +99,7 @@ def test_signals_keep_what_is_finished(
     assert not (place / "net.w4a4.run").exists()
     report = json.loads((place / "net.w4a4.report" / "report.json").read_text())
     assert [unit["unit"] for unit in report["units"]] == ["b00", "b01", "b02", "b03"]
-    assert all(unit["seconds"] > 0 and len(unit["curve"]) == ITERATIONS for unit in report["units"])
+    assert all(unit["seconds"] > 0 and len(unit["curve"]["loss"]) == ITERATIONS for unit in report["units"])
 
 
 def test_a_run_is_kept_and_continued_at_its_end(place: Path, expected: bytes) -> None:
