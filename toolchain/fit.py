@@ -8,7 +8,7 @@ import torch
 
 from .activations import TorchModel, observed, run_piece
 from .fake_quant import fake_quantize
-from .quant_table import BIAS_BITS, QuantTable, TensorQuant, along_axis
+from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .samples import Samples
 from .source import SourceModel
 from .validation import sqnr
@@ -43,7 +43,8 @@ def weight_fits(source: SourceModel, table: QuantTable) -> tuple[GridFit, ...]:
         if grid.codes is None or grid.spec.bits == BIAS_BITS:
             continue
         weight = source.constants[name]
-        steps = weight / along_axis(grid.scale, grid.spec.axis, weight.ndim) + along_axis(grid.zero_point, grid.spec.axis, weight.ndim)
+        scale, zero_point = grid.expanded(weight.shape)
+        steps = weight / scale + zero_point
         ends = (grid.spec.qmin, grid.spec.qmax)
         fits.append(_fit(name, "weight", grid.spec.bits, sqnr(weight, grid.dequantized()), torch.from_numpy(np.asarray(steps)), ends, 1.0))
     return tuple(fits)
