@@ -1,5 +1,6 @@
 """Blocks: the published partitions, and the laws of any partition."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests import zoo
 from toolchain.graph import Graph, Node, boundary, last_reads, schedule
-from toolchain.partition import MAX_REGION, Block, Rules, layers, merge, partition
+from toolchain.partition import MAX_CHAIN, MAX_REGION, Block, Rules, layers, merge, partition
 from toolchain.source import infer_types
 
 
@@ -78,13 +79,13 @@ def test_layers_have_one_weight_each(tmp_path: Path) -> None:
 
 
 @st.composite
-def graphs(draw: st.DrawFn) -> Graph:
+def graphs(draw: st.DrawFn, most: int = 14, kinds: Sequence[str] = ("Conv", "Relu", "Add", "Mul", "GlobalAveragePool", "Concat")) -> Graph:
     """Random DAGs of weighted and element-wise nodes; every dangling value is a graph output."""
-    count = draw(st.integers(1, 14))
+    count = draw(st.integers(1, most))
     nodes: list[Node] = []
     values = ["x"]
     for i in range(count):
-        kind = draw(st.sampled_from(["Conv", "Relu", "Add", "Mul", "GlobalAveragePool", "Concat"]))
+        kind = draw(st.sampled_from(kinds))
         arity = 2 if kind in ("Add", "Mul", "Concat") else 1
         inputs = [draw(st.sampled_from(values[-4:])) for _ in range(arity)]
         nodes.append(Node(f"n{i}", kind, (*inputs, *(["w"] if kind == "Conv" else [])), (f"v{i}",)))
@@ -115,18 +116,30 @@ def test_partition_laws(graph: Graph, data: st.DataObject) -> None:
             assert merge(graph, [merge(graph, [a, b]), c]) == merge(graph, [a, merge(graph, [b, c])]) == merge(graph, [a, b, c])
 
 
-@given(graphs())
-@settings(max_examples=200, deadline=None)
-def test_blocks_meet_in_one_value(graph: Graph) -> None:
-    """Where every value is an array of samples, a block boundary is crossed by one value (graph inputs and outputs aside)."""
+@given(graphs(most=40, kinds=("Conv", "Conv", "Relu", "Add", "Concat")))
+@settings(max_examples=100, deadline=None)
+def test_no_region_is_larger_than_the_limit(graph: Graph) -> None:
+    """Where every value is an array of samples there is always a place to cut, whatever is alive there."""
     batched = frozenset(value for node in graph.nodes for value in node.outputs)
-    blocks = partition(graph, Rules(batched))
-    position = 0
-    for block in blocks[:-1]:
-        position += len(block.nodes)
-        crossing = graph.alive[position] - set(graph.inputs)
-        weightless_tail = not any(b.weighted for b in blocks[blocks.index(block) + 1 :])
-        assert len(crossing) <= 1 or weightless_tail or len(graph.weighted) > MAX_REGION
+    for block in partition(graph, Rules(batched)):
+        assert len(block.weighted) <= (MAX_REGION if block.is_residual else MAX_CHAIN)
+
+
+@given(graphs(), st.data())
+@settings(max_examples=150, deadline=None)
+def test_islands_and_boundaries_are_cut_out(graph: Graph, data: st.DataObject) -> None:
+    batched = frozenset(value for node in graph.nodes for value in node.outputs)
+    islands = frozenset(node.name for node in graph.nodes if data.draw(st.booleans(), label=node.name))
+    ends = [value for value in batched if data.draw(st.integers(0, 3), label=value) == 0]
+    cut = partition(graph, Rules(batched, islands=islands, boundaries=ends))
+    for blocks in (cut, layers(graph, Rules(batched, islands=islands))):
+        assert [node for block in blocks for node in block.nodes] == list(graph.nodes)
+        for block in blocks:
+            assert {node.name in islands for node in block.nodes} == {block.is_island}
+            assert not (block.is_island and block.weighted)
+    last = max((i for i, block in enumerate(cut) if block.weighted), default=-1)
+    for block in cut[: last + 1]:
+        assert not {value for node in block.nodes[:-1] for value in node.outputs} & set(ends)
 
 
 @given(graphs())

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests import zoo
 from toolchain import runtime
 from toolchain.errors import UnsupportedModelError
+from toolchain.islands import find_islands
 from toolchain.source import infer_types, load_source
 
 SAMPLE = Path(__file__).parent.parent / "sample_models" / "mobilenetv2_x0.5_cifar10.onnx"
@@ -129,9 +130,22 @@ def test_only_sample_arrays_are_batched(tmp_path: Path) -> None:
 
 
 def quantized() -> onnx.ModelProto:
+    b = zoo.Builder({"x": ["N", 6]})
+    b.op("DynamicQuantizeLinear", "x", name="q", outputs=3)
+    y = b.op("MatMulInteger", "q_0", b.constant("w", np.ones((6, 4), np.int8)), "q_2")
+    return b.model(b.op("Cast", y, to=TensorProto.FLOAT))
+
+
+def partly_quantized() -> onnx.ModelProto:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     q = b.op("QuantizeLinear", "x", b.constant("s", np.array(0.1, np.float32)), b.constant("z", np.array(0, np.uint8)))
     return b.model(b.conv(b.op("DequantizeLinear", q, "s", "z"), 3, 4))
+
+
+def test_what_is_quantized_already_is_left_alone(tmp_path: Path) -> None:
+    source = zoo.loaded(partly_quantized(), tmp_path)
+    reasons = find_islands(source, infer_types(source, {"x": (3, 8, 8)}))
+    assert set(reasons.values()) == {"QuantizeLinear is quantized already", "DequantizeLinear is quantized already"}
 
 
 def without_weights() -> onnx.ModelProto:

@@ -19,6 +19,7 @@ class Builder:
         self.nodes: list[onnx.NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []
         self.inputs = inputs
+        self.dtypes: dict[str, int] = {}  # of inputs that are not float32
         self.opset, self.ir_version = opset, ir_version
         self._rng = np.random.default_rng(seed)
 
@@ -64,7 +65,7 @@ class Builder:
         graph = helper.make_graph(
             self.nodes,
             "test",
-            [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape)) for name, shape in self.inputs.items()],
+            [helper.make_tensor_value_info(n, self.dtypes.get(n, TensorProto.FLOAT), list(shape)) for n, shape in self.inputs.items()],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
             self.tensors,
         )

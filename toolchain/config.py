@@ -97,6 +97,11 @@ class Config:
     activation_scheme: str | None = option(
         None, "Grid of activations. Default: the target's.", "precision", choices=("symmetric", "asymmetric")
     )
+    bits: tuple[str, ...] = option(
+        (),
+        "Bits of some nodes, PATTERN=w8a8 with patterns as in --keep-float, at the edges too. Repeatable, later ones win.",
+        "precision",
+    )
     keep_float: tuple[str, ...] = option(
         (), "Keep nodes float: node name, operator type, or regular expression of node names. Repeatable.", "precision"
     )
@@ -156,6 +161,7 @@ class Config:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             _check(spec, getattr(self, spec.name))
+        _ = self.own_bits  # refuse bad spellings early
         if self.units == "manual" and not self.merge:
             raise UsageError("--units manual needs at least one --merge, such as --merge b02+b03 (see `inspect` for the block names)")
         if self.merge and self.units != "manual":
@@ -173,6 +179,19 @@ class Config:
         first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
         reduce_range = self.scheme.reduce_range if self.reduce_range is None else self.reduce_range
         return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range, self.block_size)
+
+    @property
+    def own_bits(self) -> tuple[tuple[str, Precision], ...]:
+        """The patterns of `bits` with the precision of the nodes that match: theirs wherever they are, no exception at the edges."""
+        return tuple(self._own_bits(entry) for entry in self.bits)
+
+    def _own_bits(self, entry: str) -> tuple[str, Precision]:
+        pattern, _, text = entry.rpartition("=")
+        found = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
+        weight, activation = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not pattern or not 2 <= weight <= 8 or activation not in (2, 3, 4, 5, 6, 7, 8, 16):
+            raise UsageError(f"--bits {entry!r}: expected PATTERN=w<bits>a<bits> with weights of 2-8 and activations of 2-8 or 16 bits")
+        return pattern, dataclasses.replace(self.precision, weight_bits=weight, activation_bits=activation, first_last_bits=None)
 
     @property
     def learns(self) -> bool:

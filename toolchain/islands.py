@@ -18,7 +18,7 @@ from . import runtime
 from .graph import WEIGHT_INPUT, Graph, Node
 from .normalise import subgraphs
 from .partition import Block
-from .source import SourceModel, ValueTypes
+from .source import QUANTIZED_OPS, SourceModel, ValueTypes
 from .torch_import import Observer, can_import
 
 _CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
@@ -140,6 +140,8 @@ def _foreign(graph: Graph, types: ValueTypes, node: Node) -> str | None:
     """Why a node is none of torch's business, whatever converters there are."""
     if node.op_type in _CONTROL_FLOW and node.is_standard:
         return f"{node.op_type} is control flow"
+    if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
+        return f"{node.op_type} is quantized already"
     if node.op_type in _RANDOM and node.is_standard:
         return f"{node.op_type} draws random numbers"
     if node.op_type in _DATA_DEPENDENT and node.is_standard:

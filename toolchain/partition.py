@@ -17,9 +17,11 @@ Nodes that torch cannot run are islands, blocks of their own around which everyt
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
 
 from .errors import UsageError, near_misses
 from .graph import Graph, Node, boundary
@@ -62,6 +64,15 @@ class Block:
     weighted: tuple[str, ...]
     is_residual: bool
     is_island: bool = False
+
+    @cached_property
+    def learned_outputs(self) -> tuple[str, ...]:
+        """The outputs that its weights have an influence on: what reconstruction compares."""
+        reached: set[str] = set()
+        for node in self.nodes:
+            if node.name in self.weighted or not reached.isdisjoint(node.inputs):
+                reached.update(node.outputs)
+        return tuple(value for value in self.outputs if value in reached)
 
 
 @dataclass
@@ -184,7 +195,7 @@ def _chained(atoms: Iterable[_Atom]) -> list[_Piece]:
 
 
 def _atoms(graph: Graph, start: int, end: int, rules: Rules) -> Iterator[_Atom]:
-    edges = [start, *(p for p, count in _alive(graph, start, end, rules).items() if count <= 1), end]
+    edges = [start, *(position for position, values in _alive(graph, start, end, rules).items() if len(values) <= 1), end]
     for low, high in itertools.pairwise(edges):
         for a, b in _divided(graph, low, high, rules):
             nodes = graph.nodes[a:b]
@@ -192,30 +203,50 @@ def _atoms(graph: Graph, start: int, end: int, rules: Rules) -> Iterator[_Atom]:
 
 
 def _divided(graph: Graph, start: int, end: int, rules: Rules) -> Iterator[tuple[int, int]]:
-    """A region, or where it is too large the regions that it falls into when cut where the fewest values are alive."""
+    """A region, or the regions that it falls into when cut where few values are alive.
+
+    It is cut where it is too large, and where two or more of those are residual regions themselves: then what kept it together only passes
+    by (the attention mask of a transformer, the skip of a U-Net around residual blocks).
+    """
     pending = [(start, end)]
     while pending:
         low, high = pending.pop()
-        alive = {}
-        if sum(graph.weight(node) is not None for node in graph.nodes[low:high]) > MAX_REGION:
-            alive = _alive(graph, low, high, rules) or _alive(graph, low, high, rules, anything=True)
-        if not alive:
+        weighted = sum(graph.weight(node) is not None for node in graph.nodes[low:high])
+        alive = _alive(graph, low, high, rules) if weighted > 1 else {}
+        if not alive and weighted > MAX_REGION:
+            alive = _alive(graph, low, high, rules, anything=True)
+        parts = list(itertools.pairwise([low, *_cuts(alive), high]))
+        if len(parts) > 1 and (weighted > MAX_REGION or sum(_has_shortcut(graph, a, b) for a, b in parts) > 1):
+            pending.extend(reversed(parts))
+        else:
             yield low, high
-            continue
-        fewest = min(alive.values())
-        cuts = [low, *(p for p, count in alive.items() if count == fewest), high]
-        pending.extend(reversed(list(itertools.pairwise(cuts))))
 
 
-def _alive(graph: Graph, start: int, end: int, rules: Rules, anything: bool = False) -> dict[int, int]:
-    """How many values would cross a cut at each position inside a range where one is allowed.
+def _cuts(alive: Mapping[int, AbstractSet[str]]) -> list[int]:
+    """The positions where the fewest values are alive and the one that lives longest of all those is among them: it passes by."""
+    fewest = min(map(len, alive.values()), default=0)
+    narrow = {position: values for position, values in alive.items() if len(values) == fewest}
+    lives = Counter(value for values in alive.values() for value in values)
+    longest = max({v for values in narrow.values() for v in values}, key=lambda value: (lives[value], value), default=None)
+    return [position for position, values in narrow.items() if longest is None or longest in values]
+
+
+def _has_shortcut(graph: Graph, start: int, end: int) -> bool:
+    """Whether a region with weights ends where two of its paths meet."""
+    last = graph.nodes[end - 1]
+    is_merge = end - start > 1 and last.op_type in _MERGES and len(graph.data_inputs(last)) > 1
+    return is_merge and any(graph.weight(node) is not None for node in graph.nodes[start:end])
+
+
+def _alive(graph: Graph, start: int, end: int, rules: Rules, anything: bool = False) -> dict[int, AbstractSet[str]]:
+    """The values that would cross a cut at each position inside a range where one is allowed.
 
     Values that are alive at both ends of the range pass it by, and graph inputs and free values cross for nothing. `anything` allows cuts
     through values that are no arrays of samples too.
     """
     ignored = (graph.alive[start] & graph.alive[end]) | set(graph.inputs) | rules.free
     crossing = {position: graph.alive[position] - ignored for position in range(start + 1, end)}
-    return {position: len(values) for position, values in crossing.items() if anything or values <= rules.batched}
+    return {position: values for position, values in crossing.items() if anything or values <= rules.batched}
 
 
 def _atom(nodes: tuple[Node, ...], weighted: int) -> _Atom:

@@ -18,7 +18,7 @@ from .fit import GridFit, activation_fits, weight_fits
 from .import_check import check_import
 from .islands import IslandRow, find_islands, island_rows
 from .partition import Block, Rules
-from .placement import Placement, match_nodes, place, without
+from .placement import Placement, match_nodes, own_precisions, place, without
 from .plan import BlockRow, Plan, block_rows, make_plan, measured
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .quant_table import quantize as encode
@@ -83,7 +83,8 @@ def quantize(
     survey(source, samples, config)
     model, islands, import_error = imported(source, types, samples, config, device)
     rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
-    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands)
+    own = own_precisions(source.graph, config.own_bits)
+    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands, own)
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)
     saved = run.load(_CALIBRATED) if run is not None else None
@@ -113,6 +114,7 @@ def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[Block
     """Partition the model, and refuse settings that name what it does not have: everything that can be said before the work begins."""
     types = infer_types(source, samples.shapes, samples.inputs)
     match_nodes(source.graph, config.keep_float)
+    own_precisions(source.graph, config.own_bits)
     rows = block_rows(source, types, cut_blocks(source, types, find_islands(source, types), config), config)
     if config.merge:
         make_plan(source, rows, config)

@@ -91,13 +91,25 @@ def place(
     precision: Precision,
     keep_float: AbstractSet[str],
     islands: Mapping[str, str] = MappingProxyType({}),
+    own: Mapping[str, Precision] = MappingProxyType({}),
 ) -> Placement:
-    """Apply a scheme to a model; `keep_float` names nodes that are left alone, `islands` those that torch cannot run, with the reasons."""
+    """Apply a scheme to a model.
+
+    Args:
+        source: the model.
+        types: of its values.
+        scheme: the rules of the target.
+        precision: bit widths.
+        keep_float: names of nodes that are left alone.
+        islands: names of nodes that torch cannot run, with the reasons.
+        own: names of nodes with bit widths of their own.
+    """
     graph = source.graph
+    bits_of = _BitsOf(precision, own)
     first, last = edges(graph)
     reasons = {name: f"in a float island: {reason}" for name, reason in islands.items()} | dict.fromkeys(keep_float, _ON_REQUEST)
     keep_float = reasons.keys()
-    weights, floats = _weight_specs(source, types, scheme, precision, reasons, first | last)
+    weights, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
     flow = _Flow(source, frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT), keep_float, scheme)
     integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     activations: dict[str, QuantSpec] = {}
@@ -108,7 +120,7 @@ def place(
             if origin in activations and (flow.integer_readers(value, integer) or flow.is_quantized_output(value)):
                 tied[value] = origin
             continue
-        bits = _activation_bits(flow, value, integer, precision, first | last)
+        bits = _activation_bits(flow, value, integer, bits_of, first | last)
         if bits is not None:
             activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
@@ -121,7 +133,7 @@ def _weight_specs(
     source: SourceModel,
     types: ValueTypes,
     scheme: Scheme,
-    precision: Precision,
+    bits_of: "_BitsOf",
     reasons: Mapping[str, str],
     edge_nodes: AbstractSet[str],
 ) -> tuple[dict[str, QuantSpec], list[FloatRow]]:
@@ -133,7 +145,7 @@ def _weight_specs(
         if reason is not None:
             floats.append(FloatRow(node.name, node.op_type, reason))
         elif weight is not None:
-            spec = _weight_spec(source, node, scheme, precision.weight(node.name in edge_nodes), precision.block_size)
+            spec = _weight_spec(source, node, scheme, bits_of(node).weight(node.name in edge_nodes), bits_of(node).block_size)
             weights[weight] = _tied_weight_spec(weights.get(weight), spec)
     return weights, floats
 
@@ -163,18 +175,22 @@ def _integer_nodes(flow: "_Flow", weighted: AbstractSet[str]) -> frozenset[str]:
     return frozenset(integer)
 
 
-def _activation_bits(
-    flow: "_Flow", value: str, integer: AbstractSet[str], precision: Precision, edge_nodes: AbstractSet[str]
-) -> int | None:
-    """Bits of a value that is computed or fed (not moved); None where it stays float."""
-    if value not in flow.quantizable or precision.activation_bits >= FLOAT_BITS:
+def _activation_bits(flow: "_Flow", value: str, integer: AbstractSet[str], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
+    """Bits of a value that is computed or fed (not moved); None where it stays float.
+
+    What was asked for a reader wins, the most of it where several readers were asked for: there is one quantizer for all.
+    """
+    if value not in flow.quantizable or bits_of.general.activation_bits >= FLOAT_BITS:
         return None
     readers = flow.integer_readers(value, integer)
+    asked = [bits_of.own[node.name].activation_bits for node in readers if node.name in bits_of.own]
+    if asked:
+        return max(asked)
     operands = [node for node in readers if node.op_type in WEIGHT_INPUT]
     if operands:
-        return min(precision.operand(node.name in edge_nodes) for node in operands)
+        return min(bits_of.general.operand(node.name in edge_nodes) for node in operands)
     if readers or _is_quantized_result(flow, value, integer):
-        return precision.elementwise
+        return bits_of.general.elementwise
     return None
 
 
@@ -248,8 +264,28 @@ def without(placement: Placement, values: AbstractSet[str]) -> Placement:
     )
 
 
-def match_nodes(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
-    """The names of the nodes that `--keep-float` patterns select: a node name, an operator type, or a regular expression of node names.
+@dataclass(frozen=True)
+class _BitsOf:
+    """The precision of a node: its own, or the general one."""
+
+    general: Precision
+    own: Mapping[str, Precision]
+
+    def __call__(self, node: Node) -> Precision:
+        return self.own.get(node.name, self.general)
+
+
+def own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]]) -> dict[str, Precision]:
+    """The nodes that `--bits` gives bits of their own, by name; later patterns win.
+
+    Raises:
+        UsageError: a pattern that selects nothing.
+    """
+    return {name: precision for pattern, precision in asked for name in sorted(match_nodes(graph, [pattern], "--bits"))}
+
+
+def match_nodes(graph: Graph, patterns: Sequence[str], option: str = "--keep-float") -> frozenset[str]:
+    """The names of the nodes that patterns select: a node name, an operator type, or a regular expression of node names.
 
     Raises:
         UsageError: a pattern that selects nothing, or is no regular expression.
@@ -261,12 +297,10 @@ def match_nodes(graph: Graph, patterns: Sequence[str]) -> frozenset[str]:
             try:
                 selected = {node.name for node in graph.nodes if re.fullmatch(pattern, node.name)}
             except re.error as error:
-                raise UsageError(
-                    f"--keep-float {pattern!r}: names no node and no operator, and is no regular expression: {error}"
-                ) from error
+                raise UsageError(f"{option} {pattern!r}: names no node and no operator, and is no regular expression: {error}") from error
         if not selected:
             known = {node.name for node in graph.nodes} | {node.op_type for node in graph.nodes}
-            raise UsageError(f"--keep-float {pattern!r}: matches no node name and no operator type{near_misses(pattern, known)}")
+            raise UsageError(f"{option} {pattern!r}: matches no node name and no operator type{near_misses(pattern, known)}")
         found |= selected
     return frozenset(found)
 

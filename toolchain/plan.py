@@ -10,6 +10,7 @@ from .config import Config
 from .errors import UsageError, near_misses
 from .losses import energy, full_loss
 from .partition import Block
+from .placement import own_precisions
 from .quant_table import QuantTable
 from .reconstruction import learned_weights
 from .samples import Samples
@@ -50,11 +51,14 @@ def make_plan(source: SourceModel, rows: Sequence[BlockRow], config: Config) -> 
 
 def block_rows(source: SourceModel, types: ValueTypes, blocks: Sequence[Block], config: Config) -> tuple[BlockRow, ...]:
     """The data-free half of the measurement: layers, transitions, ModCap."""
-    rows = []
+    rows, own = [], own_precisions(source.graph, config.own_bits)
     for block in blocks:
-        names = [weight for node in block.nodes if node.name in block.weighted and (weight := source.graph.weight(node)) is not None]
+        layers = tuple(
+            (source.constants[weight].size, own[node.name].weight_bits if node.name in own else config.weight_bits)
+            for node in block.nodes
+            if node.name in block.weighted and (weight := source.graph.weight(node)) is not None
+        )
         shapes = [{types.shapes.get(name) for name in side} for side in (block.inputs, block.outputs)]
-        layers = tuple((source.constants[name].size, config.weight_bits) for name in names)
         traits = BlockTraits(layers, is_transition=shapes[0] != shapes[1])
         rows.append(BlockRow(block, traits, capacity.modcap(traits, config.capacity_alpha)))
     return tuple(rows)
@@ -79,7 +83,8 @@ def measured(
         table = finish(row.block, table)
         outputs = model.run(piece, quantized, table)
         if learned_weights(piece, table):
-            row = BlockRow(row.block, row.traits, row.capacity, full_loss(outputs, targets, floats.passes), energy(targets, floats.passes))
+            aims = {name: targets[name] for name in row.block.learned_outputs}
+            row = BlockRow(row.block, row.traits, row.capacity, full_loss(outputs, aims, floats.passes), energy(aims, floats.passes))
         result.append(row)
         floats.advance(targets)
         quantized.advance(outputs)

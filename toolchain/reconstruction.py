@@ -103,6 +103,7 @@ def reconstruct_unit(
         The result, whose `changes` make the better of the two tables, and the unit's outputs in the quantized stream under that table.
     """
     started = time.perf_counter()
+    targets = {name: targets[name] for name in piece.block.learned_outputs}
 
     def outcome(candidate: QuantTable) -> tuple[float, dict[str, Value]]:
         arrays = {name: candidate[name].dequantized() if name in candidate else floats[name] for name in piece.weights}

@@ -16,7 +16,7 @@ from .errors import UnsupportedModelError
 from .graph import Graph, Node, schedule
 from .normalise import normalised, read, subgraphs
 
-_QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
+QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 Shape = tuple[int | None, ...]
 _LARGE = 1024  # elements; shape inference needs the values of shapes and axes, never those of weights
 
@@ -109,11 +109,7 @@ def load_source(path: str | Path) -> SourceModel:
     """
     path = Path(path)
     model = read(path)
-    quantized = [n for n in model.graph.node if n.op_type in _QUANTIZED_OPS or n.op_type.startswith("QLinear")]
-    if quantized:
-        raise UnsupportedModelError(
-            f"{path}: is quantized already (node {quantized[0].name!r}, {quantized[0].op_type}); give the float model it was made from"
-        )
+    quantized = next((n for n in model.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
     model = normalised(model, path)
     nodes = schedule([_node(proto) for proto in model.graph.node], [output.name for output in model.graph.output])
     if not nodes:
@@ -125,6 +121,10 @@ def load_source(path: str | Path) -> SourceModel:
     model.graph.node.extend(ordered)
     inputs = _input_specs([value for value in model.graph.input if value.name not in constants], path)
     graph = Graph(nodes, tuple(spec.name for spec in inputs), tuple(output.name for output in model.graph.output), constants)
+    if not graph.weighted and quantized is not None:
+        raise UnsupportedModelError(
+            f"{path}: is quantized already (node {quantized.name!r}, {quantized.op_type}); give the float model it was made from"
+        )
     if not graph.weighted:
         raise UnsupportedModelError(
             f"{path}: no Conv, ConvTranspose, Gemm or MatMul node has constant weights; there is nothing to quantize"
