@@ -21,7 +21,7 @@ import onnx
 from onnx import helper, numpy_helper, version_converter
 
 from toolchain.errors import ExportError
-from toolchain.quant_table import QuantTable, TensorQuant, dequantize, quantize
+from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize, quantize
 from toolchain.scheme import ORT_CPU, Scheme
 
 from .storage import Storage, packed_storage_of, storage_of
@@ -64,11 +64,24 @@ def write_model(model: onnx.ModelProto, path: Path) -> None:
     Raises:
         ExportError: the folder cannot be written.
     """
+    _write(model.SerializeToString(deterministic=True), path)
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file in the same way.
+
+    Raises:
+        ExportError: the folder cannot be written.
+    """
+    _write(text.encode(), path)
+
+
+def _write(content: bytes, path: Path) -> None:
     handle = None
     try:
         descriptor, handle = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         with os.fdopen(descriptor, "wb") as file:
-            file.write(model.SerializeToString(deterministic=True))
+            file.write(content)
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(handle, 0o666 & ~umask)  # mkstemp makes private files
@@ -134,6 +147,8 @@ class _Editor:
     def edit(self) -> None:
         table = self._table.tensors
         nodes: list[onnx.NodeProto] = []
+        if not self._scheme.integer_bias:  # the float biases are in the model, and a table from another target may have codes for them
+            table = {name: grid for name, grid in table.items() if grid.spec.bits < BIAS_BITS}
         # A quantized graph output keeps its name behind the pair; the value in front of it gets another.
         renamed = {name: self._dequantized(name) for name, grid in table.items() if grid.codes is None}
         for name, grid in table.items():

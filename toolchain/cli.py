@@ -18,7 +18,8 @@ from rich.markup import escape
 
 from . import __version__
 from .config import Config, DataConfig, dump_config, flag, load_config, parse_precision, split
-from .errors import AccuracyGateError, ExportError, MrecgError, UsageError
+from .errors import AccuracyGateError, ExportError, MrecgError, UsageError, near_misses
+from .scheme import TARGETS
 
 if TYPE_CHECKING:
     from .run_folder import RunFolder
@@ -142,6 +143,7 @@ def main() -> None:
 @click.option("--save-config", type=_PATH, metavar="FILE", help="Write the resolved options as TOML.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run of the same output where it stopped, if there is one.")
 @click.option("--keep-run", is_flag=True, help="Keep the run folder (OUTPUT without .onnx, plus .run) after success.")
+@click.option("--encodings", type=_PATH, metavar="FILE", help="Write the quantization table as JSON, for `export`.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show the plan, but do not quantize.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts of report.json to standard output instead of the summary.")
 @click.option("-v", "--verbose", is_flag=True, help="Show the whole validation, the units, and tracebacks.")
@@ -158,6 +160,7 @@ def quantize(
     save_config: Path | None,
     resume: bool,
     keep_run: bool,
+    encodings: Path | None,
     dry_run: bool,
     as_json: bool,
     verbose: bool,
@@ -176,6 +179,8 @@ def quantize(
         output = output or model.with_name(f"{model.stem}.w{config.weight_bits}a{config.activation_bits}.onnx")
         run_path = output.with_name(f"{output.name.removesuffix('.onnx')}.run")
         _check_output(model, output, overwrite or resume)
+        if encodings is not None:
+            _check_output(model, encodings, overwrite or resume, "--encodings")
         if save_config is not None:
             _save_text(save_config, dump_config(config, data))
         if data.calibration_data is None:
@@ -183,7 +188,7 @@ def quantize(
                 "--calibration-data is missing: samples of the model's real input are needed (npz, npy, image folder, module:function)"
             )
         folder = report or output.with_name(f"{output.name.removesuffix('.onnx')}.report")
-        mode = _Mode(overwrite, resume, keep_run, dry_run, sensitivity)
+        mode = _Mode(overwrite, resume, keep_run, dry_run, sensitivity, encodings)
         with _interruptible(run_path):
             _quantize(model, output, folder, run_path, config, data, mode, _Shown(as_json, verbose, quiet))
 
@@ -197,6 +202,7 @@ class _Mode:
     keep_run: bool
     dry_run: bool
     sensitivity: bool | None
+    encodings: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +230,9 @@ def _quantize(
     import torch
 
     from exporters import export_qdq, write_model
+    from exporters.qdq import write_text
 
-    from . import pipeline, report, run_folder, runtime, terminal
+    from . import encodings, pipeline, report, run_folder, runtime, terminal
     from .cpu import keep_freed_memory
     from .kernels import check_simulation
     from .plan import make_plan
@@ -271,6 +278,9 @@ def _quantize(
         raise ExportError(f"the exported model does not load: {error}") from error
     run.begin_export()
     write_model(exported, output)
+    if mode.encodings is not None:
+        learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention)
+        write_text(encodings.dumps(learned), mode.encodings)
     simulated = pipeline.simulate(source, quantized.table, evaluation, torch.device(device), quantized.islands)
     few = pipeline.few_samples(source, evaluation, _EXACTNESS_SAMPLES)
     values = pipeline.simulated_values(source, quantized.table, few, quantized.islands)
@@ -363,6 +373,87 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
             console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
 
 
+@main.command(epilog=EXIT_CODES)
+@click.argument("model", type=_PATH)
+@click.argument("table", type=_PATH)
+@click.option("--target", metavar="|".join(TARGETS), help="Runtime to export for. Default: the one that the table was learned for.")
+@click.option("--storage", metavar="fast|small", help="How weights below 8 bits are stored. Default: the target's.")
+@click.option("--format", "format_", metavar="onnx|aimet", default="onnx", show_default=True, help="QDQ file, or float file and encodings.")
+@click.option("-o", "--output", type=_PATH, required=True, help="The file to write; with --format aimet, its encodings go beside it.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def export(
+    model: Path, table: Path, target: str | None, storage: str | None, format_: str, output: Path, overwrite: bool, verbose: bool
+) -> None:
+    """Write MODEL with the grids of TABLE, for another target, without learning again.
+
+    TABLE is what `quantize --encodings` wrote, or a file of AIMET encodings (1.0.0 or 0.6.1), whose weights are rounded to nearest.
+    """
+    with _reported(verbose):
+        for name, value, known in (
+            ("--target", target, tuple(TARGETS)),
+            ("--storage", storage, ("fast", "small")),
+            ("--format", format_, ("onnx", "aimet")),
+        ):
+            if value is not None and value not in known:
+                raise UsageError(f"{name} {value}: must be one of {', '.join(known)}{near_misses(value, known)}")
+        _check_output(model, output, overwrite)
+        _export(model, table, target, storage, format_, output, Console(highlight=False))
+
+
+def _export(model: Path, table_file: Path, target: str | None, storage: str | None, format_: str, output: Path, console: Console) -> None:
+    from exporters import aimet, export_qdq, write_model
+    from exporters.qdq import write_text
+
+    from . import encodings, runtime
+    from .placement import channel_axis
+    from .scheme import scheme_for
+    from .source import load_source
+
+    try:
+        text = table_file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{table_file}: cannot be read: {error}") from error
+    source = load_source(model)
+    learned_for = None
+    if '"activation_encodings"' in text:
+        axes = {weight: channel_axis(source, node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
+        try:
+            table = aimet.from_aimet(json.loads(text), source.constants, axes, str(table_file))
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{table_file}: is not JSON: {error}") from error
+    else:
+        loaded = encodings.loads(text, str(table_file))
+        table, learned_for = loaded.table, loaded.target
+        if loaded.source_sha256 != source.sha256:
+            raise UsageError(
+                f"{table_file}: was learned on another model (SHA-256 {loaded.source_sha256[:12]}, {model} has {source.sha256[:12]})"
+            )
+    known = {*source.constants, *source.graph.inputs, *(value for node in source.graph.nodes for value in node.outputs)}
+    stray = next((name for name in table if name not in known), None)
+    if stray is not None:
+        raise UsageError(f"{table_file}: {model} has no value {stray!r}{near_misses(stray, known)}")
+    scheme = scheme_for(target or learned_for or "ort-cpu", None, None, storage)
+    if learned_for is not None and learned_for in TARGETS and learned_for != scheme.name:
+        console.print(f"learned for {learned_for}; {scheme.name} would have learned under other rules:")
+        for difference in TARGETS[learned_for].differences(scheme):
+            console.print(f"  {escape(difference)}")
+    if format_ == "aimet":
+        place = output.with_suffix(".encodings")
+        write_model(aimet.with_rounded_weights(source.model, table), output)
+        write_text(json.dumps(aimet.to_aimet(table), indent=1) + "\n", place)
+        console.print(f"wrote {escape(str(output))} and {escape(str(place))}")
+        return
+    metadata = {"version": __version__, "source_sha256": source.sha256, "target": scheme.name, "learned_for": learned_for or "another tool"}
+    exported = export_qdq(source.model, table, metadata, scheme)
+    try:
+        runtime.session(exported)
+    except MrecgError as error:
+        raise ExportError(f"the exported model does not load: {error}") from error
+    write_model(exported, output)
+    console.print(f"wrote {escape(str(output))} for {scheme.name}")
+
+
 @main.command("validate", cls=_SectionedCommand, epilog=EXIT_CODES)
 @click.argument("float_model", metavar="FP32", type=_PATH)
 @click.argument("quantized_model", metavar="QDQ", type=_PATH)
@@ -428,16 +519,16 @@ def _open_run(path: Path, output: Path, fingerprint: Mapping[str, Any], machine:
     return run
 
 
-def _check_output(model: Path | None, output: Path, overwrite: bool) -> None:
+def _check_output(model: Path | None, output: Path, overwrite: bool, option: str = "--output") -> None:
     """Refuse, before any work, what could not be written after it."""
     if model is not None and output.exists() and output.resolve() == model.resolve():
-        raise UsageError(f"--output {output}: is the source model; choose another name")
+        raise UsageError(f"{option} {output}: is the source model; choose another name")
     if output.exists() and not overwrite:
-        raise UsageError(f"{output}: exists; give --overwrite or another --output")
+        raise UsageError(f"{output}: exists; give --overwrite or another {option}")
     if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: the folder {output.parent} does not exist")
+        raise UsageError(f"{option} {output}: the folder {output.parent} does not exist")
     if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"--output {output}: the folder {output.parent} is not writable")
+        raise UsageError(f"{option} {output}: the folder {output.parent} is not writable")
 
 
 def _save_text(path: Path, text: str) -> None:

@@ -18,12 +18,13 @@ from typing import Any
 import numpy as np
 
 from .config import Config, flag
+from .encodings import spec_of
 from .errors import StorageError, UsageError
-from .quant_table import QuantSpec, TensorQuant
+from .quant_table import TensorQuant
 from .samples import Samples
 from .source import SourceModel
 
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST = "run.json"
 _PART = ".part"
 # Where the work is done and how much of the machine it may take leave the result as it is.
@@ -123,7 +124,7 @@ class RunFolder:
         for index, (value, grid) in enumerate(stage.tensors.items()):
             parts = {"scale": grid.scale, "zero_point": grid.zero_point, "codes": grid.codes}
             arrays |= {f"{index}.{part}": np.asarray(array) for part, array in parts.items() if array is not None}
-            rows.append({"name": value, "spec": asdict(grid.spec), "tied_to": grid.tied_to})
+            rows.append({"name": value, "spec": asdict(grid.spec), "tied_to": grid.tied_to, "fixed": grid.fixed})
         text = json.dumps({"run": self._identity, "tensors": rows, "facts": dict(stage.facts)})
         arrays["stage"] = np.frombuffer(text.encode(), np.uint8)
         arrays["sha256"] = np.frombuffer(bytes.fromhex(digest(arrays)), np.uint8)
@@ -150,7 +151,7 @@ class RunFolder:
         for index, row in enumerate(stored["tensors"]):
             scale, zero_point = arrays[f"{index}.scale"][()], arrays[f"{index}.zero_point"][()]
             codes = arrays.get(f"{index}.codes")
-            tensors[row["name"]] = TensorQuant(QuantSpec(**row["spec"]), scale, zero_point, codes, row["tied_to"])
+            tensors[row["name"]] = TensorQuant(spec_of(row["spec"]), scale, zero_point, codes, row["tied_to"], row["fixed"])
         return Stage(tensors, stored["facts"])
 
     def remove(self) -> None:

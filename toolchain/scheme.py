@@ -125,8 +125,8 @@ TARGETS: Mapping[str, Scheme] = {
         ),
         Scheme(
             "openvino",
-            "QuantizeLinear becomes FakeQuantize, which the low-precision passes turn into u8 activations and i8 weights around zero; they "
-            "want float biases, and a Clip between QuantizeLinear and DequantizeLinear would stop them.",
+            "QuantizeLinear becomes FakeQuantize, which the low-precision passes turn into u8 activations and i8 weights around zero, with "
+            "float biases; a Clip in front of it runs in the convolution's epilogue.",
             elementwise=_POOLS | {"Add", "Mul", "Concat"},
             reduce_range=True,
         ),

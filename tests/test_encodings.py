@@ -1,0 +1,188 @@
+"""Tables as files: exact both ways, refused when damaged, and exported again for another target without learning."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import numpy_helper
+
+from exporters import aimet, export_qdq
+from tests import zoo
+from toolchain import runtime
+from toolchain.cli import main
+from toolchain.config import Config
+from toolchain.encodings import Encodings, dumps, loads
+from toolchain.errors import ExportError, UsageError
+from toolchain.pipeline import quantize
+from toolchain.placement import channel_axis
+from toolchain.quant_table import QuantSpec, QuantTable, TensorQuant
+from toolchain.scheme import TARGETS
+from toolchain.source import SourceModel
+
+
+def same(a: TensorQuant, b: TensorQuant) -> bool:
+    arrays = [(a.scale, b.scale), (a.zero_point, b.zero_point), (a.codes, b.codes)]
+    equal = all((x is None) == (y is None) and (x is None or np.array_equal(np.asarray(x), np.asarray(y))) for x, y in arrays)
+    types = all(np.asarray(x).dtype == np.asarray(y).dtype for x, y in arrays[:2])
+    return equal and types and (a.spec, a.tied_to, a.fixed) == (b.spec, b.tied_to, b.fixed)
+
+
+def learned(folder: Path, model: onnx.ModelProto | None = None, **options: Any) -> tuple[SourceModel, Config, QuantTable]:
+    source = zoo.loaded(model or zoo.every_rule(), folder)
+    config = Config(**{"algorithm": "mse", "device": "cpu", **options})
+    return source, config, quantize(source, zoo.images(8), config).table
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "qnn", "activation_bits": 16}, {"activation_bits": 32, "block_size": 16}])
+def test_a_table_survives_the_file_exactly(options: dict[str, Any], tmp_path: Path) -> None:
+    source, config, table = learned(tmp_path, **options)
+    text = dumps(Encodings(table, source.sha256, config.target, "words"))
+    back = loads(text, "file")
+    assert (back.source_sha256, back.target, back.precision) == (source.sha256, config.target, "words")
+    assert list(back.table) == list(table)
+    assert all(same(back.table[name], table[name]) for name in table)
+    assert dumps(back) == text
+
+
+@given(
+    scale=hnp.arrays(np.float32, 5, elements=st.floats(2**-100, 2**100, width=32)),
+    codes=hnp.arrays(np.int32, (5, 3), elements=st.integers(-8, 7)),
+)
+def test_every_float_and_code_survives(scale: np.ndarray, codes: np.ndarray) -> None:
+    grid = TensorQuant(QuantSpec(4, signed=True, symmetric=True, axis=0), scale, np.zeros(5, np.int32), codes)
+    back = loads(dumps(Encodings(QuantTable({"w": grid}), "", "", "")), "file").table["w"]
+    assert same(back, grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-20], "is not a table of encodings"),
+        (lambda text: text.replace('"version": 1', '"version": 9'), "version 9; this program reads"),
+        (lambda text: text.replace('"scale": [', '"scale": [-'), "scales of 'w' are not positive"),
+        (lambda text: text.replace('"bits": 4', '"bits": 2'), "codes of 'w' are off their grid"),
+        (lambda text: text.replace('"target"', '"goal"'), "no entry 'target'"),
+    ],
+)
+def test_damaged_tables_are_refused(change: Any, message: str) -> None:
+    grid = TensorQuant(
+        QuantSpec(4, signed=True, symmetric=True, axis=0), np.ones(2, np.float32), np.zeros(2, np.int32), np.array([[7], [-8]])
+    )
+    text = dumps(Encodings(QuantTable({"w": grid}), "sha", "ort-cpu", ""))
+    with pytest.raises(UsageError, match=message):
+        loads(change(text), "file")
+
+
+def axes_of(source: SourceModel) -> dict[str, int]:
+    return {weight: channel_axis(source, node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "0.6.1"])
+def test_aimet_encodings_bring_back_every_grid_and_code(version: str, tmp_path: Path) -> None:
+    """Through the pair of files that AIMET writes: encodings, and a float model whose weights round to the learned codes."""
+    source, _, table = learned(tmp_path, target="qnn", weight_bits=4, activation_bits=8)
+    data = aimet.to_aimet(table)
+    rounded = aimet.with_rounded_weights(source.model, table)
+    constants = {t.name: numpy_helper.to_array(t) for t in rounded.graph.initializer}
+    if version == "0.6.1":
+        data = older(data)
+    back = aimet.from_aimet(json.loads(json.dumps(data)), constants, axes_of(source), "file")
+    expected = {name: grid for name, grid in table.tensors.items() if grid.spec.bits < 32}
+    assert back.tensors.keys() == expected.keys()
+    for name, grid in expected.items():
+        found = back[name]
+        assert (found.spec.bits, found.spec.signed) == (grid.spec.bits, grid.spec.signed)
+        np.testing.assert_array_equal(found.scale, grid.scale)
+        np.testing.assert_array_equal(found.zero_point, grid.zero_point)
+        if grid.codes is not None:
+            np.testing.assert_array_equal(found.codes, grid.codes)
+
+
+def older(data: dict[str, Any]) -> dict[str, Any]:
+    def rows(entry: dict[str, Any]) -> list[dict[str, Any]]:
+        return [
+            {"bitwidth": entry["bw"], "dtype": "int", "is_symmetric": str(entry["is_sym"]), "scale": scale, "offset": offset}
+            for scale, offset in zip(entry["scale"], entry["offset"], strict=True)
+        ]
+
+    kinds = ("activation_encodings", "param_encodings")
+    return {"version": "0.6.1", **{kind: {entry["name"]: rows(entry) for entry in data[kind]} for kind in kinds}}
+
+
+def test_an_encoding_counts_from_zero() -> None:
+    """The arithmetic of QNN: x = (q + offset) * scale with q from 0."""
+    unsigned = TensorQuant(QuantSpec(8, signed=False, symmetric=False), np.float32(0.5), np.int32(100))
+    signed = TensorQuant(
+        QuantSpec(4, signed=True, symmetric=True, axis=0), np.ones(2, np.float32), np.zeros(2, np.int32), np.array([[1], [-8]])
+    )
+    data = aimet.to_aimet(QuantTable({"a": unsigned, "w": signed}))
+    (activation,), (weight,) = data["activation_encodings"], data["param_encodings"]
+    assert (activation["offset"], activation["enc_type"], activation["bw"]) == ([-100], "PER_TENSOR", 8)
+    assert (weight["offset"], weight["enc_type"], weight["is_sym"]) == ([-8, -8], "PER_CHANNEL", True)
+
+
+def test_aimet_files_that_do_not_fit(tmp_path: Path) -> None:
+    source, _, table = learned(tmp_path)
+    data = aimet.to_aimet(table)
+    with pytest.raises(UsageError, match=r"version 3.0.0 are not read"):
+        aimet.from_aimet({**data, "version": "3.0.0"}, source.constants, axes_of(source), "file")
+    with pytest.raises(UsageError, match="made for another model"):
+        aimet.from_aimet(data, {}, {}, "file")
+    with pytest.raises(UsageError, match="is not a file of AIMET encodings"):
+        aimet.from_aimet({"version": "1.0.0"}, source.constants, axes_of(source), "file")
+    blocks = learned(tmp_path, activation_bits=32, block_size=16)[2]
+    with pytest.raises(ExportError, match="block-wise"):
+        aimet.to_aimet(blocks)
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_export_again_from_the_command_line(tmp_path: Path) -> None:
+    onnx.save(zoo.tiny_resnet(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "calib.npz", **zoo.images(8).inputs)  # pyright: ignore[reportArgumentType]
+    table, model = tmp_path / "net.json", tmp_path / "net.onnx"
+    done = invoke(
+        "quantize", model, "--calibration-data", tmp_path / "calib.npz", "--algorithm", "mse", "--device", "cpu", "--encodings", table, "-q"
+    )
+    assert done.exit_code == 0, done.output
+    again = invoke("export", model, table, "-o", tmp_path / "again.onnx")
+    assert again.exit_code == 0, again.output
+    first, second = (onnx.load(tmp_path / name) for name in ("net.w4a4.onnx", "again.onnx"))
+    assert first.graph == second.graph  # the same file but for its metadata
+    other = invoke("export", model, table, "--target", "tensorrt", "-o", tmp_path / "trt.onnx")
+    assert "learned for ort-cpu; tensorrt would have learned under other rules:" in other.output
+    assert "activation symmetric: False -> True" in other.output
+    small = invoke("export", model, table, "--storage", "small", "-o", tmp_path / "small.onnx")
+    assert small.exit_code == 0, small.output
+    assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "again.onnx").stat().st_size
+    outputs = [
+        next(iter(runtime.run(runtime.session(tmp_path / f"{name}.onnx"), zoo.images(8).inputs).values())) for name in ("again", "small")
+    ]
+    assert (outputs[0].argmax(1) == outputs[1].argmax(1)).mean() >= 0.75  # 8 samples; integer kernels round elsewhere
+    pair = invoke("export", model, table, "--format", "aimet", "-o", tmp_path / "pair.onnx")
+    assert pair.exit_code == 0, pair.output
+    imported = invoke("export", tmp_path / "pair.onnx", tmp_path / "pair.encodings", "--target", "qnn", "-o", tmp_path / "qnn.onnx")
+    assert imported.exit_code == 0, imported.output
+    refused = invoke("export", tmp_path / "pair.onnx", table, "-o", tmp_path / "no.onnx")
+    assert refused.exit_code == 2
+    assert "was learned on another model" in refused.output
+    assert invoke("export", model, table, "--target", "tensorflow", "-o", tmp_path / "no.onnx").exit_code == 2
+    assert not (tmp_path / "no.onnx").exists()
+
+
+def test_float_biases_come_back_for_targets_that_want_them(tmp_path: Path) -> None:
+    source, _, table = learned(tmp_path, zoo.tiny_resnet())
+    exported = export_qdq(source.model, table, scheme=TARGETS["openvino"])
+    kinds = {t.data_type for t in exported.graph.initializer if t.name.endswith("_b") or t.name.endswith("_b_quantized")}
+    assert kinds == {onnx.TensorProto.FLOAT}

@@ -1,0 +1,93 @@
+"""The quantization table as a file: JSON that round-trips exactly.
+
+One file: codes are base64 of little-endian integers inside the JSON, since a second file beside it would get lost, and a list of decimal
+numbers is five times as long. Scales are decimals that read back to the same float32, so that any diff tool compares two tables.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import UsageError
+from .quant_table import QuantSpec, QuantTable, TensorQuant
+
+FORMAT, VERSION = "mrecg-onnx encodings", 1
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """A table, and what it was made for: the float model's SHA-256, the target's name, and the precision in words."""
+
+    table: QuantTable
+    source_sha256: str
+    target: str
+    precision: str
+
+
+def dumps(encodings: Encodings) -> str:
+    """The file's text: a line for each value, in the table's order."""
+    head = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source_sha256": encodings.source_sha256,
+        "target": encodings.target,
+        "precision": encodings.precision,
+    }
+    lines = [json.dumps({"name": name, **_row(grid)}) for name, grid in encodings.table.tensors.items()]
+    return json.dumps(head, indent=1)[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+
+
+def loads(text: str, where: str) -> Encodings:
+    """Read a file's text.
+
+    Raises:
+        UsageError: it is no such file, damaged, or of a later version; `where` names it.
+    """
+    try:
+        data = json.loads(text)
+        if data["format"] != FORMAT or data["version"] != VERSION:
+            raise ValueError(f"format {data['format']!r}, version {data['version']!r}; this program reads {FORMAT!r}, version {VERSION}")
+        table = QuantTable({row["name"]: _grid(row) for row in data["tensors"]})
+        return Encodings(table, str(data["source_sha256"]), str(data["target"]), str(data["precision"]))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise UsageError(f"{where}: is not a table of encodings ({reason}); `quantize --encodings` writes one") from error
+
+
+def spec_of(values: Mapping[str, Any]) -> QuantSpec:
+    """A spec from JSON, which knows no tuples."""
+    span = values.get("span")
+    return QuantSpec(**{**values, "span": tuple(span) if span is not None else None})
+
+
+def _row(grid: TensorQuant) -> dict[str, Any]:
+    defaults = asdict(QuantSpec(0, signed=False, symmetric=False))
+    spec = {key: value for key, value in asdict(grid.spec).items() if key in ("bits", "signed", "symmetric") or value != defaults[key]}
+    row: dict[str, Any] = {"spec": spec, "scale": np.asarray(grid.scale).tolist(), "zero_point": np.asarray(grid.zero_point).tolist()}
+    if grid.tied_to is not None:
+        row["tied_to"] = grid.tied_to
+    if grid.fixed:
+        row["fixed"] = True
+    if grid.codes is not None:
+        dtype = np.dtype("<i1" if grid.spec.bits <= 8 else "<i4")
+        row["shape"] = list(grid.codes.shape)
+        row["codes"] = base64.b64encode(grid.codes.astype(dtype).tobytes()).decode()
+    return row
+
+
+def _grid(row: Mapping[str, Any]) -> TensorQuant:
+    spec = spec_of(row["spec"])
+    scale, zero_point = np.asarray(row["scale"], np.float32)[()], np.asarray(row["zero_point"], np.int32)[()]
+    if np.shape(scale) != np.shape(zero_point) or not (np.asarray(scale) > 0).all():
+        raise ValueError(f"the scales of {row['name']!r} are not positive numbers, each with a zero point")
+    codes = None
+    if "codes" in row:
+        flat = np.frombuffer(base64.b64decode(row["codes"], validate=True), np.dtype("<i1" if spec.bits <= 8 else "<i4"))
+        codes = flat.astype(np.int32).reshape(row["shape"])
+        if codes.size and (codes.min() < spec.qmin or codes.max() > spec.qmax):
+            raise ValueError(f"codes of {row['name']!r} are off their grid")
+    return TensorQuant(spec, scale, zero_point, codes, row.get("tied_to"), row.get("fixed", False))
