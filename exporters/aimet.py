@@ -4,6 +4,7 @@ An encoding counts codes from 0: x = (q + offset) * scale with q in 0 .. 2^bw - 
 -2^(bw - 1). It carries no codes: the float model beside it holds the values that the codes stand for, which round back to them.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +42,23 @@ def to_aimet(table: QuantTable) -> dict[str, Any]:
             }
         )
     return {"version": VERSION, **groups, "excluded_layers": []}
+
+
+def dumps(table: QuantTable) -> str:
+    """The encodings of a table as a file's text."""
+    return json.dumps(to_aimet(table), indent=1) + "\n"
+
+
+def loads(text: str, where: str) -> dict[str, Any]:
+    """A file's text as data for `from_aimet`.
+
+    Raises:
+        UsageError: it is not JSON; `where` names the file.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{where}: is not JSON: {error}") from error
 
 
 def with_rounded_weights(model: onnx.ModelProto, table: QuantTable) -> onnx.ModelProto:

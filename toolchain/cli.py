@@ -418,10 +418,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     learned_for = None
     if '"activation_encodings"' in text:
         axes = {weight: channel_axis(source, node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
-        try:
-            table = aimet.from_aimet(json.loads(text), source.constants, axes, str(table_file))
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{table_file}: is not JSON: {error}") from error
+        table = aimet.from_aimet(aimet.loads(text, str(table_file)), source.constants, axes, str(table_file))
     else:
         loaded = encodings.loads(text, str(table_file))
         table, learned_for = loaded.table, loaded.target
@@ -441,7 +438,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     if format_ == "aimet":
         place = output.with_suffix(".encodings")
         write_model(aimet.with_rounded_weights(source.model, table), output)
-        write_text(json.dumps(aimet.to_aimet(table), indent=1) + "\n", place)
+        write_text(aimet.dumps(table), place)
         console.print(f"wrote {escape(str(output))} and {escape(str(place))}")
         return
     metadata = {"version": __version__, "source_sha256": source.sha256, "target": scheme.name, "learned_for": learned_for or "another tool"}
