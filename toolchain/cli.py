@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from . import __version__
 from .config import Config, DataConfig, dump_config, flag, load_config, parse_precision, split
-from .errors import AccuracyGateError, ExportError, MrecgError, UsageError, near_misses
+from .errors import AccuracyGateError, ExportError, MrecgError, TargetRuleError, UsageError, near_misses
 from .scheme import TARGETS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\b
 Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or parity,
 6 accuracy drop above --max-drop (the model is written), 7 broken installation, 8 run folder cannot be written (full disk),
-130 interrupted, 143 terminated."""
+9 rules of a target broken (`check`), 130 interrupted, 143 terminated."""
 _EXACTNESS_SAMPLES = 4  # every value of the network is held for them
 _SENSITIVITY_SHARE = 0.1  # of the time that the run took before
 _SECTIONS = {
@@ -449,6 +449,33 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
         raise ExportError(f"the exported model does not load: {error}") from error
     write_model(exported, output)
     console.print(f"wrote {escape(str(output))} for {scheme.name}")
+
+
+@main.command(epilog=EXIT_CODES)
+@click.argument("file", type=_PATH)
+@click.option("--target", required=True, metavar="tensorrt|openvino|qnn|ort-cpu|portable", help="Runtime whose rules are checked.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def check(file: Path, target: str, verbose: bool) -> None:
+    """Check FILE, a QDQ model from any tool, against the rules that a runtime's parser documents; name each violation and its node."""
+    with _reported(verbose):
+        if not file.is_file():
+            raise UsageError(f"{file}: no such file")
+        from exporters import check as rules
+
+        from .normalise import read
+
+        if target not in rules.CHECKED:
+            raise UsageError(f"--target {target}: must be one of {', '.join(rules.CHECKED)}{near_misses(target, rules.CHECKED)}")
+        found = rules.check(read(file), target)
+        console = Console(highlight=False)
+        for violation in found:
+            colour = "red" if violation.is_error else "yellow"
+            where = " ".join(part for part in (violation.op_type, violation.node) if part)
+            console.print(f"[{colour}]{'error' if violation.is_error else 'slow'}:[/{colour}] {escape(where)}: {escape(violation.rule)}")
+        errors = sum(violation.is_error for violation in found)
+        if errors:
+            raise TargetRuleError(f"{file}: {errors} nodes break the rules of {target}")
+        console.print(f"{escape(file.name)} keeps to the rules of {target}; {len(found)} nodes cost speed")
 
 
 @main.command("validate", cls=_SectionedCommand, epilog=EXIT_CODES)

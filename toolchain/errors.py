@@ -40,6 +40,12 @@ class AccuracyGateError(MrecgError):
     exit_code = 6
 
 
+class TargetRuleError(MrecgError):
+    """A file breaks rules that the parser of its target documents."""
+
+    exit_code = 9
+
+
 class InstallationError(MrecgError):
     """Installed packages that do not fit together."""
 

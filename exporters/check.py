@@ -1,0 +1,261 @@
+"""Does a QDQ file keep to what a runtime's parser documents? Each violation is named with its node, before a device finds it.
+
+The rules are written from public sources: onnx-tensorrt's importer and TensorRT's page on explicit quantization, OpenVINO's ONNX frontend,
+Qualcomm's and ONNX Runtime's pages on the QNN execution provider, and, for ONNX Runtime, what its optimiser was seen to do. TensorRT and
+QNN themselves were not run.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, numpy_helper
+
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_NAMES = TensorProto.DataType.Name
+_INT4 = frozenset({TensorProto.INT4, TensorProto.UINT4})
+_FLOAT8 = frozenset({TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ})
+
+
+@dataclass(frozen=True)
+class Violation:
+    """A node that a parser refuses or runs slowly, and the rule. `is_error`: the file does not load there, else it loses speed."""
+
+    node: str
+    op_type: str
+    rule: str
+    is_error: bool = True
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One QuantizeLinear or DequantizeLinear node with its parameters; `codes` are there for constants. `zero_point` None: left out."""
+
+    node: onnx.NodeProto
+    kind: int
+    scale: np.ndarray | None
+    zero_point: np.ndarray | None
+    codes: np.ndarray | None
+    block: int
+
+    @property
+    def quantizes(self) -> bool:
+        return self.node.op_type == "QuantizeLinear"
+
+    @property
+    def is_constant(self) -> bool:
+        return self.codes is not None
+
+    @property
+    def per_tensor(self) -> bool:
+        return self.scale is not None and self.scale.size == 1
+
+
+class File:
+    """A QDQ file with what the rules ask of it."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.graph = model.graph
+        self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+        self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producer = {value: node for node in model.graph.node for value in node.output if value}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for value in dict.fromkeys(node.input):
+                self.readers.setdefault(value, []).append(node)
+        self.pairs = [self._pair(node) for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+        self._by_output = {pair.node.output[0]: pair for pair in self.pairs}
+
+    def dequantized(self, value: str) -> Pair | None:
+        """The DequantizeLinear that makes a value."""
+        found = self._by_output.get(value)
+        return found if found is not None and not found.quantizes else None
+
+    def is_constant(self, value: str) -> bool:
+        return value in self._tensors
+
+    def weighted(self) -> Iterator[tuple[onnx.NodeProto, Pair]]:
+        """Convolutions and matrix products whose weight is a dequantized constant, with that weight."""
+        for node in self.graph.node:
+            weight = self.dequantized(node.input[1]) if node.op_type in _WEIGHTED and len(node.input) > 1 else None
+            if weight is not None and weight.is_constant:
+                yield node, weight
+
+    def kind_of(self, value: str) -> int:
+        """The element type of a quantized value, or 0."""
+        tensor = self._tensors.get(value)
+        return tensor.data_type if tensor is not None else 0
+
+    def _pair(self, node: onnx.NodeProto) -> Pair:
+        scale, zero_point = (self._array(node.input[i]) if len(node.input) > i and node.input[i] else None for i in (1, 2))
+        attributes = {a.name: a.i for a in node.attribute}
+        kind = self.kind_of(node.input[2]) if len(node.input) > 2 and node.input[2] else 0
+        if not kind:
+            kind = self.kind_of(node.input[0]) or attributes.get("output_dtype", 0) or TensorProto.UINT8
+        codes = self._array(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        return Pair(node, kind, scale, zero_point, codes, attributes.get("block_size", 0))
+
+    def _array(self, name: str) -> np.ndarray | None:
+        tensor = self._tensors.get(name)
+        return numpy_helper.to_array(tensor) if tensor is not None else None
+
+
+Rule = Callable[[File], Iterator[Violation]]
+
+
+def check(model: onnx.ModelProto, target: str) -> tuple[Violation, ...]:
+    """The violations of a target's rules, errors first, in the order of the graph."""
+    file = File(model)
+    found = [violation for rule in (_sound, *_RULES[target]) for violation in rule(file)]
+    return tuple(sorted(found, key=lambda violation: not violation.is_error))
+
+
+def _at(node: onnx.NodeProto, rule: str, is_error: bool = True) -> Violation:
+    return Violation(node.name or node.output[0], node.op_type, rule, is_error)
+
+
+def _sound(file: File) -> Iterator[Violation]:
+    """What every runtime needs: constant, positive, normal scales; parameters that fit each other; a grid at all."""
+    if not file.pairs:
+        yield Violation("", "", "the file has no QuantizeLinear or DequantizeLinear: it is not a QDQ file")
+    for pair in file.pairs:
+        if pair.scale is None:
+            yield _at(pair.node, "its scale is not a constant")
+            continue
+        if not (np.isfinite(pair.scale).all() and (pair.scale >= np.finfo(np.float32).tiny).all()):
+            yield _at(pair.node, "its scale has zeros, infinities or denormal numbers")
+        if pair.zero_point is not None and pair.zero_point.shape != pair.scale.shape:
+            yield _at(pair.node, "scale and zero point have different shapes")
+        source = file.producer.get(pair.node.input[0])
+        if not pair.quantizes and not pair.is_constant and source is not None and source.op_type == "QuantizeLinear":
+            made = file._by_output[source.output[0]]
+            if made.scale is not None and not np.array_equal(made.scale, pair.scale):
+                yield _at(pair.node, f"its scale differs from that of the QuantizeLinear {source.name!r} in front of it")
+
+
+def _tensorrt(file: File) -> Iterator[Violation]:
+    allowed = {TensorProto.INT8, *_INT4, TensorProto.FLOAT8E4M3FN}
+    for pair in file.pairs:
+        name = _NAMES(pair.kind)
+        if pair.kind == TensorProto.INT32:
+            yield _at(pair.node, "int32 is not dequantized: biases must be float")
+        elif pair.kind == TensorProto.UINT8:
+            yield _at(pair.node, "uint8 is read as int8: use int8 around zero")
+        elif pair.kind not in allowed:
+            yield _at(pair.node, f"{name} is not supported: int8, int4 and float8e4m3fn are")
+        if pair.zero_point is not None and np.asarray(pair.zero_point, np.float32).any():
+            yield _at(pair.node, "zero points must be 0")
+        if not pair.is_constant and not pair.per_tensor:
+            yield _at(pair.node, "activations have one scale for the tensor")
+        if pair.kind in _INT4 and (not pair.is_constant or not pair.block):
+            yield _at(pair.node, "int4 is for block-wise weights only")
+        source = file.producer.get(pair.node.input[0])
+        if not pair.quantizes and not pair.is_constant and (source is None or source.op_type != "QuantizeLinear"):
+            yield _at(pair.node, "nothing may stand between QuantizeLinear and DequantizeLinear")
+    for node, _ in file.weighted():
+        if node.op_type == "Conv" and len(node.input) > 2 and node.input[2] and not file.is_constant(node.input[2]):
+            yield _at(node, "its bias is not a float constant")
+        made = file.producer.get(node.input[0])
+        if made is None or made.op_type != "DequantizeLinear":
+            yield _at(node, "its weight is quantized and its input is not: it runs in float", is_error=False)
+    for pair in file.pairs:
+        source = file.producer.get(pair.node.input[0])
+        readers = file.readers.get(pair.node.output[0], [])
+        if pair.quantizes and source is not None and source.op_type in ("Conv", "ConvTranspose"):
+            ends = [reader for dq in readers for reader in file.readers.get(dq.output[0], [])]
+            if any(end.op_type in ("Relu", "Clip") for end in ends):
+                yield _at(pair.node, f"it stands between {source.op_type} and its activation, which are then not fused", is_error=False)
+
+
+def _openvino(file: File) -> Iterator[Violation]:
+    allowed = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, *_INT4}
+    for pair in file.pairs:
+        if pair.quantizes and pair.kind not in allowed:
+            yield _at(pair.node, f"QuantizeLinear to {_NAMES(pair.kind)} is not supported: 4, 8 and 16-bit integers are")
+        if not pair.quantizes and pair.kind in (TensorProto.INT2, TensorProto.UINT2, *_FLOAT8):
+            yield _at(pair.node, f"DequantizeLinear of {_NAMES(pair.kind)} is not supported")
+        if pair.quantizes and pair.kind in (TensorProto.INT16, TensorProto.UINT16):
+            yield _at(pair.node, "16-bit activations run in float", is_error=False)
+        if not pair.is_constant and not pair.per_tensor:
+            yield _at(pair.node, "activations with a scale for each channel keep the layer in float", is_error=False)
+    for node, weight in file.weighted():
+        if weight.zero_point is not None and np.asarray(weight.zero_point, np.int32).any():
+            yield _at(node, "weights with zero points keep it off the fast integer kernels", is_error=False)
+        if file.dequantized(node.input[0]) is None:
+            yield _at(node, "its weight is quantized and its input is not: it runs in float", is_error=False)
+
+
+def _qnn(file: File) -> Iterator[Violation]:
+    activations = {TensorProto.UINT8, TensorProto.UINT16, TensorProto.INT8, TensorProto.INT16}
+    weights = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.INT16, TensorProto.UINT16}
+    for pair in file.pairs:
+        if pair.is_constant and pair.kind not in weights | {TensorProto.INT32, *activations}:
+            yield _at(pair.node, f"{_NAMES(pair.kind)} constants are not supported: int4, int8 and 16 bits are")
+        if not pair.is_constant and pair.kind not in activations:
+            yield _at(pair.node, f"{_NAMES(pair.kind)} activations are not supported: 8 and 16 bits are")
+        if not pair.is_constant and not pair.per_tensor:
+            yield _at(pair.node, "activations have one scale for the tensor")
+        if pair.block:
+            yield _at(pair.node, "block-wise weights are not supported")
+    for node, weight in file.weighted():
+        if node.op_type not in ("Conv", "ConvTranspose") and not weight.per_tensor:
+            yield _at(node, "a scale for each channel is for convolutions only")
+        if not weight.per_tensor and weight.zero_point is not None and np.asarray(weight.zero_point, np.int32).any():
+            yield _at(node, "weights with a scale for each channel have no zero points")
+        if len(node.input) > 2 and node.input[2] and file.dequantized(node.input[2]) is None:
+            yield _at(node, "its bias is float: the HTP wants int32 with scale s_x * s_w")
+    for node in file.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip", "Relu"):
+            continue
+        for value in node.input:
+            if value in file.producer and file.dequantized(value) is None and file.producer[value].op_type not in ("Shape", "Constant"):
+                yield _at(node, f"it reads {value!r}, which is float: the HTP runs quantized operators only")
+    outputs = [value.name for value in file.graph.output]
+    for value in outputs:
+        if file.dequantized(value) is None and value in file.producer:
+            yield _at(file.producer[value], f"the graph output {value!r} is float")
+
+
+def _ort_cpu(file: File) -> Iterator[Violation]:
+    for pair in file.pairs:
+        if pair.is_constant and pair.kind == TensorProto.INT8 and pair.zero_point is not None and pair.zero_point.any():
+            yield _at(
+                pair.node, "weights with zero points: the kernel has no int8 weights with a zero point for each channel", is_error=False
+            )
+    for node, weight in file.weighted():
+        source = file.dequantized(node.input[0])
+        if source is None:
+            yield _at(node, "its weight is quantized and its input is not: it runs in float", is_error=False)
+            continue
+        if weight.kind in (TensorProto.INT2, *_FLOAT8) and source.kind in (TensorProto.UINT8, TensorProto.INT8, *_FLOAT8):
+            yield _at(
+                node, f"{_NAMES(weight.kind)} weights beside {_NAMES(source.kind)} activations fuse into a kernel that does not exist"
+            )
+        if (
+            weight.kind == TensorProto.INT8
+            and source.kind in (*_INT4, TensorProto.INT2, TensorProto.UINT2, *_FLOAT8)
+            and node.op_type == "Conv"
+        ):
+            yield _at(node, f"int8 weights beside {_NAMES(source.kind)} activations fuse into a kernel that does not exist")
+        if weight.kind in _INT4:
+            yield _at(node, "int4 weights are dequantized and run in float", is_error=False)
+        if node.op_type == "Conv" and not _is_quantized_behind(file, node.output[0]):
+            yield _at(node, "its result is not quantized, behind its activation if it has one: it runs in float", is_error=False)
+
+
+def _is_quantized_behind(file: File, value: str) -> bool:
+    readers = file.readers.get(value, [])
+    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+        return _is_quantized_behind(file, readers[0].output[0])
+    return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
+
+
+_RULES: Mapping[str, tuple[Rule, ...]] = {
+    "tensorrt": (_tensorrt,),
+    "openvino": (_openvino,),
+    "qnn": (_qnn,),
+    "ort-cpu": (_ort_cpu,),
+    "portable": (_ort_cpu, _tensorrt, _openvino),
+}
+CHECKED = tuple(_RULES)

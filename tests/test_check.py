@@ -1,0 +1,106 @@
+"""The checker: what the exporter writes for a target passes that target's rules, and each rule names what breaks it."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+from onnx import numpy_helper
+
+from exporters import export_qdq
+from exporters.check import CHECKED, check
+from tests import zoo
+from toolchain.cli import main
+from toolchain.config import Config
+from toolchain.pipeline import quantize
+
+SAMPLES = zoo.images(8)
+
+
+def exported(target: str, folder: Path, **options: object) -> onnx.ModelProto:
+    source = zoo.loaded(zoo.every_rule(), folder)
+    config = Config(**{"target": target, "algorithm": "minmax", "device": "cpu", **options})  # pyright: ignore[reportArgumentType]
+    return export_qdq(source.model, quantize(source, SAMPLES, config).table, scheme=config.scheme)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("target", CHECKED)
+def test_what_we_write_for_a_target_passes_its_rules(target: str, bits: int, tmp_path: Path) -> None:
+    found = check(exported(target, tmp_path, weight_bits=bits, activation_bits=bits), target)
+    assert not [violation for violation in found if violation.is_error]
+    if target == "ort-cpu":
+        assert not found
+
+
+def test_tensorrt_names_what_it_cannot_take(tmp_path: Path) -> None:
+    rules = {v.rule for v in check(exported("ort-cpu", tmp_path), "tensorrt") if v.is_error}
+    assert "int32 is not dequantized: biases must be float" in rules
+    assert "uint8 is read as int8: use int8 around zero" in rules
+    assert "zero points must be 0" in rules
+    assert "nothing may stand between QuantizeLinear and DequantizeLinear" in rules  # the integer Clip
+    nodes = {v.node for v in check(exported("ort-cpu", tmp_path), "tensorrt") if v.rule == "zero points must be 0"}
+    assert "x_QuantizeLinear" in nodes
+
+
+def test_qnn_wants_everything_quantized(tmp_path: Path) -> None:
+    rules = {(v.op_type, v.rule) for v in check(exported("academic", tmp_path), "qnn")}
+    assert ("Conv", "its bias is float: the HTP wants int32 with scale s_x * s_w") in rules
+    assert ("MatMul", "a scale for each channel is for convolutions only") in rules
+    assert any("is float: the HTP runs quantized operators only" in rule for _, rule in rules)
+    assert any(rule.startswith("the graph output") for _, rule in rules)
+
+
+def test_packed_formats(tmp_path: Path) -> None:
+    small = exported("ort-cpu", tmp_path, weight_bits=2, activation_bits=16, storage="small", first_last_bits="same")
+    assert any(v.rule == "DequantizeLinear of INT2 is not supported" and v.is_error for v in check(small, "openvino"))
+    assert any("INT2 constants are not supported" in v.rule for v in check(small, "qnn"))
+    assert not [v for v in check(small, "ort-cpu") if v.is_error]  # beside 16-bit activations it loads
+    for tensor in small.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.UINT16:
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros(tensor.dims, np.uint8), tensor.name))
+    assert any("fuse into a kernel that does not exist" in v.rule for v in check(small, "ort-cpu") if v.is_error)
+
+
+def test_speed_is_lost_where_a_result_is_not_quantized(tmp_path: Path) -> None:
+    found = check(exported("academic", tmp_path, weight_bits=8, activation_bits=8), "ort-cpu")
+    slow = [v for v in found if v.rule.startswith("its result is not quantized")]
+    assert slow
+    assert not any(v.is_error for v in slow)
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, 1e-42])
+def test_unsound_scales(value: float, tmp_path: Path) -> None:
+    model = exported("portable", tmp_path)
+    tensor = next(t for t in model.graph.initializer if t.name == "x_scale")
+    tensor.CopyFrom(numpy_helper.from_array(np.array(value, np.float32), "x_scale"))
+    found = check(model, "openvino")
+    assert {v.node for v in found if "zeros, infinities or denormal" in v.rule} == {"x_QuantizeLinear", "x_DequantizeLinear"}
+
+
+def test_a_float_file_is_no_qdq_file() -> None:
+    assert [v.rule for v in check(zoo.tiny_resnet(), "tensorrt")] == [
+        "the file has no QuantizeLinear or DequantizeLinear: it is not a QDQ file"
+    ]
+
+
+def invoke(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "160"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_command(tmp_path: Path) -> None:
+    onnx.save(exported("portable", tmp_path), tmp_path / "q.onnx")
+    passed = invoke("check", tmp_path / "q.onnx", "--target", "tensorrt")
+    assert passed.exit_code == 0, passed.output
+    assert "q.onnx keeps to the rules of tensorrt" in passed.output
+    onnx.save(exported("ort-cpu", tmp_path), tmp_path / "q.onnx")
+    failed = invoke("check", tmp_path / "q.onnx", "--target", "tensorrt")
+    assert failed.exit_code == 9
+    assert "x_QuantizeLinear" in failed.output
+    assert "break the rules of tensorrt" in failed.output
+    assert invoke("check", tmp_path / "q.onnx", "--target", "coreml").exit_code == 2
+    assert invoke("check", tmp_path / "nothing.onnx", "--target", "qnn").exit_code == 2
+    (tmp_path / "text.onnx").write_text("no model")
+    assert invoke("check", tmp_path / "text.onnx", "--target", "qnn").exit_code == 3
