@@ -64,11 +64,16 @@ def session(
 
 def kernel_counts(model: Path, provider: str = CPU) -> Counter[str]:
     """Count the operator types that ONNX Runtime executes for a file after its default optimisation."""
+    return Counter(node.op_type for node in optimized(model, provider).node)
+
+
+def optimized(model: Path, provider: str = CPU) -> onnx.GraphProto:
+    """The graph that ONNX Runtime executes for a file after its default optimisation."""
     with tempfile.TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         _open(model, options, provider)
-        return Counter(node.op_type for node in onnx.load(options.optimized_model_filepath, load_external_data=False).graph.node)
+        return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
 
 def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:

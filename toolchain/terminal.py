@@ -112,6 +112,10 @@ def validation_table(v: dict[str, Any]) -> Table:
     )
     floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items()) or "no layer in float"
     table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
+    for row in v["float_operators"][:_MOST_ROWS]:
+        table.add_row("computes in float", "", row["op_type"], escape(f"{row['node']}: {row['reason']}"))
+    if len(v["float_operators"]) > _MOST_ROWS:
+        table.add_row("computes in float", "", "", f"and {len(v['float_operators']) - _MOST_ROWS} more, in report.json")
     arithmetic = v["integer_arithmetic"]
     table.add_row("each kernel = float", "", f"within {arithmetic['steps']:.0f} step", f"{arithmetic['share']:.2g} % of codes differ")
     if v["simulated_arithmetic"] is not None:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,11 @@ import numpy as np
 import onnx
 
 from . import runtime
+from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
 from .kernels import KernelCheck, check_kernels
 from .runtime import Optimization
 from .samples import Samples, check_labels
 
-# Operators of an optimised graph that compute on integers.
-_INTEGER_PREFIXES = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits")
 _HEAVY = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 _LATENCY_SECONDS = 2.0
 _LATENCY_RUNS = 100
@@ -71,6 +71,7 @@ class ValidationReport:
     quantized_bytes: int
     latency: Latency
     kernels: Mapping[str, int]
+    float_operators: tuple[FloatOperator, ...] = ()
 
     @property
     def drop(self) -> float | None:
@@ -82,7 +83,7 @@ class ValidationReport:
     @property
     def integer_operators(self) -> int:
         """Operators of the optimised graph that compute on integers."""
-        return sum(count for kind, count in self.kernels.items() if kind.startswith(_INTEGER_PREFIXES))
+        return sum(count for kind, count in self.kernels.items() if kind.startswith(INTEGER_PREFIXES))
 
     @property
     def float_layers(self) -> dict[str, int]:
@@ -132,6 +133,7 @@ def validate(
         return top_k(outputs[head], scored, k)
 
     right = [outputs[head].argmax(1) == scored for outputs in (reference, outputs)] if scored is not None and head is not None else None
+    executed = runtime.optimized(quantized, provider)
     return ValidationReport(
         provider=provider,
         samples=samples.count,
@@ -151,7 +153,8 @@ def validate(
         float_bytes=float_bytes,
         quantized_bytes=quantized.stat().st_size,
         latency=_latency(float_session, deployed, samples),
-        kernels=dict(sorted(runtime.kernel_counts(quantized, provider).items())),
+        kernels=dict(sorted(Counter(node.op_type for node in executed.node).items())),
+        float_operators=float_operators(executed),
     )
 
 

@@ -1,0 +1,58 @@
+"""What runs in float is listed by name, with the reason that is true for it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from exporters import export_qdq, write_model
+from tests import zoo
+from toolchain import runtime
+from toolchain.config import Config
+from toolchain.float_operators import FloatOperator, float_operators
+from toolchain.pipeline import quantize
+
+
+def left(model: onnx.ModelProto, folder: Path, **options: object) -> list[FloatOperator]:
+    source = zoo.loaded(model, folder)
+    config = Config(**{"algorithm": "minmax", "device": "cpu", **options})  # pyright: ignore[reportArgumentType]
+    shape = tuple(int(axis or 0) for axis in source.inputs[0].shape[1:])
+    found = quantize(source, zoo.images(4, shape), config)
+    write_model(export_qdq(source.model, found.table, scheme=config.scheme), folder / "q.onnx")
+    return list(float_operators(runtime.optimized(folder / "q.onnx")))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("make", [zoo.tiny_resnet, zoo.every_rule])
+def test_nothing_of_a_network_for_ort_cpu_runs_in_float(make: Callable[[], onnx.ModelProto], bits: int, tmp_path: Path) -> None:
+    assert left(make(), tmp_path, weight_bits=bits, activation_bits=bits) == []
+
+
+def test_reasons(tmp_path: Path) -> None:
+    packed = left(zoo.tiny_resnet(), tmp_path, storage="small", first_last_bits="same")
+    assert {row.reason for row in packed if "Conv" in row.op_type} == {"its weight is stored as int4, which no integer kernel reads"}
+    assert all(row.node.startswith("node_") for row in packed if "Conv" in row.op_type)
+    wide = left(zoo.tiny_resnet(), tmp_path, activation_bits=16)
+    assert {row.reason for row in wide if "Conv" in row.op_type} == {"it reads 16-bit values, for which there are no integer kernels"}
+    addends = left(zoo.tiny_resnet(), tmp_path, target="academic", weight_scheme="symmetric", weight_bits=8, activation_bits=8)
+    assert any(row.op_type == "FusedConv" and row.reason.startswith("it reads 'conv") for row in addends)  # with the Add in it
+    assert any("Conv" in row.op_type and row.reason.endswith("is read in float") for row in addends)
+
+
+def test_operators_without_an_integer_form(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    x = b.op("ReduceMean", b.conv("x", 3, 8, act="relu"), axes=[2, 3], keepdims=0, name="mean")
+    (row,) = left(b.model(b.op("Softmax", b.linear(x, 8, 5), name="scores")), tmp_path)[:1]
+    assert (row.node, row.op_type, row.reason) == ("node_mean", "ReduceMean", "ONNX Runtime fuses no integer ReduceMean")
+    last = left(b.model("scores"), tmp_path)[-1]
+    assert (last.node, last.op_type) == ("node_scores", "Softmax")
+    assert last.reason.endswith("in float")
+
+
+def test_a_float_model_reads_floats() -> None:
+    found = float_operators(zoo.tiny_resnet().graph)
+    assert {row.op_type for row in found} >= {"Conv", "Add", "Gemm"}
+    assert found[0].reason == "it reads 'x' in float"
+    assert np.unique([row.node for row in found]).size == len(found)
