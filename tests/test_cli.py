@@ -140,6 +140,58 @@ def test_inspect_golden(place: Path) -> None:
     assert result.output == golden.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("format_", "start"), [("html", "<!doctype html>"), ("svg", "<svg "), ("json", "{"), ("table", "Blocks")])
+def test_inspect_formats_and_output(format_: str, start: str, place: Path) -> None:
+    shown = invoke("inspect", place / "net.onnx", "--format", format_)
+    assert shown.exit_code == 0
+    assert shown.output.startswith(start)
+    assert "b01" in shown.output
+    written = place / f"net.{format_}"
+    assert invoke("inspect", place / "net.onnx", "--format", format_, "-o", written).output == ""
+    assert written.read_text(encoding="utf-8").split() == shown.output.split()
+    assert invoke("inspect", place / "net.onnx", "--format", "pdf").exit_code == 2
+    assert invoke("inspect", place / "net.onnx", "--format", format_, "-o", place / "none" / "net").exit_code == 2
+
+
+def test_diagnose(place: Path) -> None:
+    quantize(place, "--algorithm", "mse", "-p", "w3a4")
+    pair = [place / "net.onnx", place / "net.w3a4.onnx", "--data", place / "calib.npz"]
+    result = invoke("diagnose", *pair)
+    assert result.exit_code == 0, result.output
+    assert "node_conv0" in result.output
+    assert "try" in result.output
+    facts = json.loads(invoke("diagnose", *pair, "--json", "--samples", 5, "--try", 2).stdout)
+    assert facts["samples"] == 5
+    assert [layer["gain"] is not None for layer in facts["layers"]] == [True, True, *[False] * (len(facts["layers"]) - 2)]
+    assert sum(layer["share"] for layer in facts["layers"]) == pytest.approx(1.0)
+    for arguments, words in (
+        (pair[:2], "--data is missing"),
+        ([pair[0], place / "none.onnx", *pair[2:]], "no such file"),
+        ([pair[0], pair[0], *pair[2:]], "has no DequantizeLinear"),
+        ([*pair, "--samples", 0], "--samples must be at least 1"),
+    ):
+        refused = invoke("diagnose", *arguments)
+        assert refused.exit_code == 2, refused.output
+        assert words in refused.output
+
+
+def test_json_goes_to_standard_output_and_progress_to_standard_error(place: Path) -> None:
+    result = quantize(place, "--json", "--no-sensitivity")
+    assert result.exit_code == 0
+    facts = json.loads(result.stdout)
+    assert facts == json.loads((place / "net.w4a4.report" / "report.json").read_text())
+    assert facts["sensitivity"]["skipped"] == "--no-sensitivity"
+    assert "reconstructing b00" in result.stderr
+    assert json.loads(quantize(place, "--json", "--dry-run", "--overwrite").stdout)["plan"]["units"]
+
+
+def test_completion_offers_the_choices() -> None:
+    environment = {"_MRECG_ONNX_COMPLETE": "bash_complete", "COMP_WORDS": "mrecg-onnx quantize --algorithm q", "COMP_CWORD": "3"}
+    result = CliRunner().invoke(main, [], prog_name="mrecg-onnx", env=environment)
+    assert "qdrop" in result.output
+    assert "adaround" not in result.output
+
+
 def test_inspect_json_and_open_axes(place: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, "H", "W"]})
     onnx.save(b.model(b.head(b.conv("x", 3, 8, act="relu"), 8)), place / "open.onnx")

@@ -1,6 +1,7 @@
 """The command line: parse, call, show, exit code. Everything heavy is imported inside the commands, so that `--help` is immediate."""
 
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or
 6 accuracy drop above --max-drop (the model is written), 7 broken installation, 8 run folder cannot be written (full disk),
 9 rules of a target broken (`check`), 130 interrupted, 143 terminated."""
 _EXACTNESS_SAMPLES = 4  # every value of the network is held for them
+_FILE_COLUMNS = 120  # of a table that is written to a file
+_MOST_LAYERS = 15  # in the table of `diagnose`
 _SENSITIVITY_SHARE = 0.1  # of the time that the run took before
 _SECTIONS = {
     "precision": "Precision",
@@ -72,13 +75,13 @@ def _completing(choices: Iterable[Any] | None) -> Callable[[click.Context, click
     return (lambda context, parameter, incomplete: [word for word in known if word.startswith(incomplete)]) if known else None
 
 
-def _config_options(*halves: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """One option for each field of the configuration classes; None means that the flag was not given."""
+def _config_options(*halves: type, only: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One option for each field of the configuration classes, or of one section; None means that the flag was not given."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for half in reversed(halves):
             hints = get_type_hints(half)
-            for spec in reversed(dataclasses.fields(half)):
+            for spec in reversed([spec for spec in dataclasses.fields(half) if only in (None, spec.metadata["section"])]):
                 kinds = [kind for kind in (get_args(hints[spec.name]) or (hints[spec.name],)) if kind is not type(None)]
                 choices = spec.metadata.get("choices")
                 text = spec.metadata["help"]
@@ -339,17 +342,30 @@ def report_command(report_file: Path, overlay: Path | None, output: Path | None,
 @click.option(
     "--units", metavar="modcap|transitions", default="modcap", show_default=True, help="Selector for the proposed units (data-free)."
 )
-@click.option("--format", "format_", metavar="table|json", default="table", show_default=True, help="Output format.")
+@click.option(
+    "--format",
+    "format_",
+    metavar="table|json|html|svg",
+    default="table",
+    show_default=True,
+    help="A table, the facts, a page, or the picture of the blocks alone.",
+)
+@click.option("-o", "--output", type=_PATH, help="Write to this file instead of standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str, verbose: bool) -> None:
-    """Show the blocks of MODEL, their capacities, the units proposed, and what stays float. Needs no data."""
+def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str, output: Path | None, verbose: bool) -> None:
+    """Show the blocks of MODEL, their capacities, the units proposed, and what stays float. Needs no data.
+
+    \b
+    mrecg-onnx inspect net.onnx
+    mrecg-onnx inspect net.onnx --format html -o net.html
+    """
     with _reported(verbose):
-        for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, ("table", "json"))):
+        formats = ("table", "json", "html", "svg")
+        for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, formats)):
             if value not in known:
                 raise UsageError(f"{name} {value}: must be one of {', '.join(known)}")
         from . import pipeline, report, terminal
         from .source import load_source
-        from .wording import island_lines
 
         source = load_source(model)
         shapes, guessed = pipeline.sample_shapes(source, dict(_shape(entry) for entry in input_shape))
@@ -358,19 +374,84 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
             "model": {"path": str(model), "sha256": source.sha256, "opset": source.opset, "inputs": [str(spec) for spec in source.inputs]},
             **report.plan_report(plan),
             "guessed_axes": guessed,
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
             "islands": [dataclasses.asdict(row) for row in islands],
         }
-        console = Console(highlight=False)
-        if format_ == "json":
-            click.echo(report.as_json(facts), nl=False)
+        if format_ == "table":
+            if output is None:
+                terminal.show_inspection(Console(highlight=False), facts)
+                return
+            console = Console(file=io.StringIO(), width=_FILE_COLUMNS, highlight=False, record=True)
+            terminal.show_inspection(console, facts)
+            report.write_text(output, console.export_text())
             return
-        console.print(terminal.block_table(facts))
-        console.print(f"inputs: {escape(', '.join(facts['model']['inputs']))}; opset {source.opset}")
-        console.print(f"units: {escape(plan.why)}")
-        for name in guessed:
-            console.print(f"[yellow]input {escape(name)} leaves axes open; assumed {shapes[name]}, --input-shape sets them[/yellow]")
-        for line in island_lines(facts["islands"]):
-            console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
+        from .block_picture import block_picture
+
+        if format_ == "html":
+            from .page import inspect_page
+
+            text = inspect_page(report.finite(facts))
+        else:
+            text = report.as_json(facts) if format_ == "json" else block_picture(facts, standalone=True) + "\n"
+        if output is None:
+            click.echo(text, nl=False)
+        else:
+            report.write_text(output, text)
+
+
+@main.command("diagnose", cls=_SectionedCommand, epilog=EXIT_CODES)
+@click.argument("float_model", metavar="FP32", type=_PATH)
+@click.argument("quantized_model", metavar="QDQ", type=_PATH)
+@click.option("--data", "place", metavar="DATA", help="Samples to run: .npz, .npy, an image folder, or module:function.")
+@click.option(
+    "--samples", type=int, default=16, show_default=True, help="Most samples to use; every compared value is held for all of them."
+)
+@click.option("--try", "tried", type=int, default=8, show_default=True, help="Layers to run float one at a time, worst first.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("-v", "--verbose", is_flag=True, help="Show all layers, and tracebacks.")
+@_config_options(DataConfig, only="images")
+def diagnose_command(
+    float_model: Path, quantized_model: Path, place: str | None, samples: int, tried: int, as_json: bool, verbose: bool, **options: Any
+) -> None:
+    """Find where the error of QDQ, a file that `quantize` wrote from FP32, enters, and what to try against it.
+
+    \b
+    Added: the noise of a layer whose quantizers read the float model's values. Total: what it comes to in the file as it runs.
+    A layer with much added noise makes it; one with much total but little added noise only passes it on.
+
+    \b
+    mrecg-onnx diagnose net.onnx net.w4a4.onnx --data calib.npz
+    """
+    with _reported(verbose):
+        if place is None:
+            raise UsageError("--data is missing: samples of the model's real input")
+        if samples < 1 or tried < 0:
+            raise UsageError("--samples must be at least 1 and --try at least 0")
+        if not quantized_model.is_file():
+            raise UsageError(f"{quantized_model}: no such file")
+        import onnx
+
+        from . import report, terminal
+        from .diagnosis import diagnose
+        from .source import load_source
+
+        data = DataConfig(**{name: value for name, value in options.items() if value not in (None, ())})
+        source = load_source(float_model)
+        found = _samples(place, source, data, "--data", samples).first(samples)
+        shown = _Shown(as_json, verbose)
+        with terminal.progress_on(shown.log) as progress:
+            result = diagnose(
+                source,
+                onnx.load(quantized_model),
+                found,
+                tried,
+                lambda done, total: progress("trying layers in float", done, total, float("nan")),
+            )
+        facts = report.finite({"float": str(float_model), "quantized": str(quantized_model), **dataclasses.asdict(result)})
+        if as_json:
+            click.echo(report.as_json(facts), nl=False)
+        else:
+            shown.out.print(terminal.diagnosis_table(facts, None if verbose else _MOST_LAYERS))
 
 
 @main.command(epilog=EXIT_CODES)

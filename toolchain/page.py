@@ -7,7 +7,7 @@ from typing import Any
 
 from . import figures
 from .block_picture import STYLE, block_picture
-from .wording import decibel, duration, faster, island_lines, size, smaller, worst_sqnr
+from .wording import decibel, duration, faster, island_lines, kind, size, smaller, worst_sqnr
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
 _CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
@@ -36,6 +36,35 @@ def report_page(report: dict[str, Any], baseline: dict[str, Any] | None = None) 
         title,
         f"<h1>{escape(title)}</h1><p class=muted>{escape(report['conventions']['algorithm'])}; units: {escape(report['plan']['why'])}</p>",
         [part for section in sections if (part := section())],
+    )
+
+
+def inspect_page(facts: dict[str, Any]) -> str:
+    """The page of `inspect`: blocks, capacities and proposed units, without data."""
+    model, blocks = facts["model"], facts["blocks"]
+    name = model["path"].replace("\\", "/").rsplit("/", 1)[-1]
+    unit_of = {part: unit for unit in facts["plan"]["units"] for part in unit.split("+")}
+    rows = [
+        (
+            block["name"],
+            unit_of[block["name"]],
+            kind(block),
+            str(len(block["layers"])),
+            f"{block['weights']:,}",
+            f"{block['capacity']:.3g}",
+            block["last_node"],
+        )
+        for block in blocks
+    ]
+    columns = ("block", "unit", "kind", "layers>", "weights>", "ModCap>", "last node")
+    weights = sum(block["weights"] for block in blocks)
+    text = f"{len(blocks)} blocks with {weights:,} weights, opset {model['opset']}; inputs: {escape(', '.join(model['inputs']))}."
+    text += "".join(f" Open axes of {escape(axis)} were assumed as {facts['shapes'][axis]}." for axis in facts["guessed_axes"])
+    islands = "".join(f"<p>Float island, left to ONNX Runtime: {escape(line)}.</p>" for line in island_lines(facts["islands"]))
+    return document(
+        name,
+        f"<h1>{escape(name)}</h1><p class=muted>{text}</p>",
+        [_capacities(facts), _blocks(facts), section("Table", "", islands, table(columns, rows))],
     )
 
 

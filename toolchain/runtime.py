@@ -186,13 +186,13 @@ def fixed_batch(opened: ort.InferenceSession) -> int | None:
     return next((size for size in sizes if _is_fixed(size)), None)
 
 
-def exposing(model: onnx.ModelProto, names: Sequence[str]) -> ort.InferenceSession:
+def exposing(model: onnx.ModelProto, names: Sequence[str], optimization: Optimization = Optimization.BASIC) -> ort.InferenceSession:
     """A session on a model whose outputs are values from inside it; values that are no outputs of a node cannot be asked for."""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     del exposed.graph.output[:]
     exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    return session(exposed, optimization=Optimization.BASIC)
+    return session(exposed, optimization=optimization)
 
 
 def run_exposed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:

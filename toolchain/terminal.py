@@ -13,11 +13,12 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from .wording import duration, faster, headline, island_lines, kind, size, smaller
+from .wording import decibel, duration, faster, headline, island_lines, kind, size, smaller
 
 _SHIP = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
 _MOST_ROWS = 8  # of one kind in the closing summary; the rest is in the report
 _HEARTBEAT = 30.0  # seconds between lines where there is no terminal to draw a bar on
+_NAME = 28  # characters of a node's name in a table
 _NARROW = 76  # columns below which the bar gives way to the figures
 
 Progress = Callable[[str, int, int, float], None]
@@ -92,6 +93,36 @@ def block_table(plan: dict[str, Any]) -> Table:
             escape("/".join(block["last_node"].split("/")[-2:])),
         )
     return table
+
+
+def show_inspection(console: Console, facts: dict[str, Any]) -> None:
+    """What `inspect` found: the blocks, the inputs, the units, and whatever was assumed or stays float."""
+    console.print(block_table(facts))
+    console.print(f"inputs: {escape(', '.join(facts['model']['inputs']))}; opset {facts['model']['opset']}")
+    console.print(f"units: {escape(facts['plan']['why'])}")
+    for name in facts["guessed_axes"]:
+        assumed = tuple(facts["shapes"][name])
+        console.print(f"[yellow]input {escape(name)} leaves axes open; assumed {assumed}, --input-shape sets them[/yellow]")
+    for line in island_lines(facts["islands"]):
+        console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
+
+
+def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
+    """The layers that add most noise, and what to try; `most` rows, None for all."""
+    outputs = ", ".join(f"{name} {decibel(value)}" for name, value in facts["outputs"].items())
+    table = _table(
+        f"Noise by layer, {facts['samples']} samples; outputs: {outputs}", "added>", "total>", "weight>", "input>", "gain>", "layer"
+    )
+    for layer in facts["layers"][:most]:
+        cells = [decibel(layer["added"]), decibel(layer["total"])]
+        cells += ["float" if name is None else decibel(name) for name in (layer["weight"], layer["input"])]
+        gain = layer["gain"]
+        table.add_row(*cells, f"{gain:+.1f} dB" if gain is not None else "", escape(_tail(layer["node"])))
+    parts: list[Any] = [table]
+    if most is not None and len(facts["layers"]) > most:
+        parts.append(Text(f"and {len(facts['layers']) - most} layers that add less; --verbose lists them", style="dim"))
+    tries = [("try", escape(text)) for text in facts["suggestions"]] or [("", "nothing stands out")]
+    return Group(*parts, _facts(tries))
 
 
 def validation_table(v: dict[str, Any]) -> Table:
@@ -203,6 +234,11 @@ def _columns(width: int) -> list[ProgressColumn]:
     what = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
     figures: list[ProgressColumn] = [TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[loss]:>10}"), _Rate()]
     return [what, *([BarColumn(bar_width=20)] if width >= _NARROW else []), *figures]
+
+
+def _tail(name: str) -> str:
+    """The end of a name tells layers apart."""
+    return name if len(name) <= _NAME else "…" + name[1 - _NAME :]
 
 
 def _facts(pairs: list[tuple[str, str]]) -> Table:
