@@ -143,6 +143,84 @@ def sensitivities(found: dict[str, Any]) -> str:
     return plot.picture("sensitivity", "sensitivity of the layers", draw, 90 + 15 * len(layers))
 
 
+def comparison(lines: list[dict[str, Any]], precision: str, key: str) -> str:
+    """One measure of each method at one precision, with the spread over seeds."""
+    chosen = [line for line in lines if line["precision"] == precision and line[key] is not None]
+
+    def draw(axes: Axes) -> None:
+        for y, line in enumerate(chosen):
+            axes.errorbar(line[key], y, xerr=line[f"{key}_spread"], color=BLUE, marker="o", markersize=6, capsize=4, linewidth=1.6)
+        axes.set_yticks(range(len(chosen)), [line["method"] for line in chosen])
+        axes.set_ylim(len(chosen) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(
+            {"top1": "top-1 accuracy, %", "agreement": "agreement with the float model, %", "sqnr": "SQNR of the output, dB"}[key]
+        )
+
+    return plot.picture(f"comparison-{precision}-{key}", f"{key} of the methods at {precision}", draw, 80 + 24 * len(chosen))
+
+
+def loss_lines(lines: list[dict[str, Any]]) -> str:
+    """Loss along the network for several methods whose units differ: against the share of the network that is done."""
+
+    def draw(axes: Axes) -> None:
+        for line, color in zip(lines, (MUTED, BLUE, ORANGE), strict=False):
+            count = len(line["losses"])
+            axes.plot(
+                [(i + 1) / count for i in range(count)], line["losses"], color=color, marker="o", markersize=3.5, label=line["method"]
+            )
+        axes.set_xlabel("position in the network, by units")
+        axes.set_ylabel("reconstruction loss")
+        _scale(axes, [loss for line in lines for loss in line["losses"]])
+        _legend(axes, *axes.get_legend_handles_labels(), 3)
+
+    return plot.picture("study-oscillation", "loss along the network by method", draw, 320)
+
+
+def scatter(name: str, finding: dict[str, Any]) -> str:
+    """One point for each random unit scheme."""
+
+    def draw(axes: Axes) -> None:
+        if finding["points"]:
+            axes.plot(*zip(*finding["points"], strict=True), color=BLUE, marker="o", markersize=6, linewidth=0, alpha=0.8)
+        axes.set_xlabel(finding["x"])
+        axes.set_ylabel(finding["y"])
+
+    return plot.picture(f"study-{name}", f"{finding['y']} against {finding['x']}", draw, 300)
+
+
+def data_series(finding: dict[str, Any]) -> str:
+    """Accuracy against batch size and sample count."""
+    parts = []
+    for index, (name, points) in enumerate(finding["series"].items()):
+
+        def draw(axes: Axes, name: str = name, points: Sequence[Sequence[float]] = points) -> None:
+            axes.plot([p[0] for p in points], [p[1] for p in points], color=BLUE, marker="o", markersize=6)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
+            axes.minorticks_off()
+            axes.set_xlabel(name)
+            axes.set_ylabel("top-1 accuracy, %" if finding["metric"] == "top1" else "agreement, %")
+
+        parts.append(plot.picture(f"study-data{index}", f"accuracy against {name}", draw, 240))
+    return "".join(parts)
+
+
+def neighbours(finding: dict[str, Any]) -> str:
+    """The loss of each pair of equivalent neighbours: where it rises and where it falls."""
+
+    def draw(axes: Axes) -> None:
+        for x, pair in enumerate(finding["pairs"]):
+            color = BLUE if pair["rises"] else RED
+            axes.plot((x - 0.25, x + 0.25), pair["losses"], color=color, marker="o", markersize=4)
+        plot.name_ticks(axes, ["|".join(pair["blocks"]) for pair in finding["pairs"]])
+        axes.set_ylabel("reconstruction loss")
+        _legend(axes, [Line2D([], [], color=color) for color in (BLUE, RED)], ["rises", "falls"], 2)
+
+    return plot.picture("study-theorem", "loss between equivalent neighbours", draw, 280)
+
+
 def _places(report: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """First and last block of each unit."""
     position = {block["name"]: index for index, block in enumerate(report["blocks"])}

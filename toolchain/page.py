@@ -68,6 +68,58 @@ def inspect_page(facts: dict[str, Any]) -> str:
     )
 
 
+def comparison_page(facts: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+    """The page of `compare`."""
+    title = f"{facts['model'].rsplit('/', 1)[-1]}: methods compared"
+    first, environment = facts["rows"][0], facts["environment"]
+    known = "not known" if first["top1_float"] is None else f"{first['top1_float']:.2f} %"
+    text = (
+        f"{first['samples']:,} evaluation samples, {first['calibration_samples']:,} calibration samples, float top-1 "
+        f"{known}; {environment['gpu'] or environment['processor']}. "
+        "Dots are means over seeds, bars one standard deviation; without bars there was one seed."
+    )
+    sections = []
+    for precision in dict.fromkeys(line["precision"] for line in lines):
+        own = [line for line in lines if line["precision"] == precision]
+        keys = [key for key in ("top1", "agreement", "sqnr") if any(line[key] is not None for line in own)]
+        rows = [(line["method"], str(line["seeds"]), *(_mean(line, key) for key in ("top1", "agreement", "sqnr", "units_after")),
+                 f"{line['unit_count']:.0f}", f"{line['seconds']:.0f}") for line in own]  # fmt: skip
+        columns = ("method", "seeds>", "top-1 %>", "agreement %>", "SQNR dB>", "oscillation>", "units>", "seconds>")
+        parts = [figures.comparison(lines, precision, key) for key in keys[:2] or keys]
+        sections.append(section(precision.upper(), "", *parts, table(columns, rows)))
+    return document(title, f"<h1>{escape(title)}</h1><p class=muted>{escape(text)}</p>", sections)
+
+
+def study_page(facts: dict[str, Any]) -> str:
+    """The page of `study`: a section for each claim."""
+    title = f"{facts['model'].rsplit('/', 1)[-1]}: claims studied"
+    drawn: dict[str, Callable[[dict[str, Any]], str]] = {
+        "oscillation": lambda finding: figures.loss_lines(finding["lines"]),
+        "final-error": lambda finding: figures.scatter("final-error", finding),
+        "accuracy": lambda finding: figures.scatter("accuracy", finding),
+        "data": figures.data_series,
+        "theorem": lambda finding: figures.neighbours(finding) if finding["pairs"] else "",
+    }
+    words = {True: "holds", False: "does not hold", None: "undecided"}
+    classes = {True: "yes", False: "no", None: "unclear"}
+    sections = [
+        f'<section class="verdict {classes[finding["holds"]]}"><h2>{escape(finding["claim"][:1].upper() + finding["claim"][1:])}</h2>'
+        f"<p><b>{words[finding['holds']]}</b> {escape(finding['verdict'])}</p>{drawn[name](finding)}</section>"
+        for name, finding in facts["findings"].items()
+    ]
+    first = facts["rows"][0]
+    text = f"{len(facts['rows'])} runs at {first['precision'].upper()}, {first['settings'].get('iterations', 'preset')} iterations, "
+    text += f"{first['samples']:,} evaluation samples; {facts['environment']['gpu'] or facts['environment']['processor']}"
+    return document(title, f"<h1>{escape(title)}</h1><p class=muted>{escape(text)}</p>", sections)
+
+
+def _mean(line: dict[str, Any], key: str) -> str:
+    value, spread = line[key], line[f"{key}_spread"]
+    if value is None:
+        return ""
+    return f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+
+
 def document(title: str, head: str, sections: Sequence[str]) -> str:
     """A page around sections."""
     css = STYLE + resources.files("toolchain").joinpath("page.css").read_text(encoding="utf-8")

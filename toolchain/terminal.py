@@ -125,6 +125,40 @@ def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
     return Group(*parts, _facts(tries))
 
 
+def comparison_table(lines: list[dict[str, Any]]) -> Table:
+    """Mean and spread over the seeds of each method."""
+    table = _table(
+        "Methods, mean ± standard deviation over seeds", "bits", "method", "top-1>", "agreement>", "SQNR>", "oscillation>", "units>", "s>"
+    )
+    for line in lines:
+        cells = [
+            _spread(line, "top1", " %"),
+            _spread(line, "agreement", " %"),
+            _spread(line, "sqnr", " dB"),
+            _spread(line, "units_after", "", ".3g"),
+        ]
+        table.add_row(line["precision"], line["method"], *cells, f"{line['unit_count']:.0f}", f"{line['seconds']:.0f}")
+    return table
+
+
+def _spread(line: dict[str, Any], key: str, unit: str, form: str = ".2f") -> str:
+    value, spread = line[key], line[f"{key}_spread"]
+    if value is None:
+        return ""
+    return f"{value:{form}}{f' ± {spread:{form}}' if spread is not None else ''}{unit}"
+
+
+def study_findings(findings: dict[str, dict[str, Any]]) -> Table:
+    """Each claim with its verdict."""
+    words = {True: "[green]holds[/green]", False: "[red]does not hold[/red]", None: "[yellow]undecided[/yellow]"}
+    table = Table.grid(padding=(0, 2, 1, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings.values():
+        table.add_row(words[finding["holds"]], f"[bold]{escape(finding['claim'])}[/bold]\n{escape(finding['verdict'])}")
+    return table
+
+
 def validation_table(v: dict[str, Any]) -> Table:
     """Float beside quantized, as ONNX Runtime executes them."""
     table = _table(f"{v['provider']}, {v['samples']} samples of {v['evaluated_on']}", "", "float>", "quantized>", ">")

@@ -11,32 +11,26 @@ another metric. Rows that RESULTS.json has already are not run again, so that a 
 import argparse
 import dataclasses
 import json
-import resource
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from exporters import export_qdq, write_model
-from toolchain import report
+from toolchain import comparison, report
+from toolchain.comparison import measured
 from toolchain.config import Config, parse_precision
 from toolchain.cpu import keep_freed_memory
-from toolchain.pipeline import pick_device, quantize, simulate
-from toolchain.samples import Preprocessing, Samples, load_samples
-from toolchain.source import SourceModel, load_source
-from toolchain.validation import ValidationReport, validate
+from toolchain.pipeline import pick_device
+from toolchain.quant_table import QuantTable
+from toolchain.samples import Preprocessing, load_samples
+from toolchain.source import load_source
 
 
 def configuration(method: str, precision: str, seed: int, args: argparse.Namespace) -> Config:
     """The settings of one row."""
-    prefix, _, algorithm = method.rpartition("+")
-    units = prefix.partition(":")[2] or "loss" if prefix else "none"
-    return Config(
+    base = Config(
         **parse_precision(precision),
-        algorithm=algorithm,
-        units=units,
         seed=seed,
         iterations=args.iterations,
         batch_size=args.batch_size,
@@ -44,47 +38,7 @@ def configuration(method: str, precision: str, seed: int, args: argparse.Namespa
         calibration_samples=args.samples,
         device=args.device,
     )
-
-
-def measured(source: SourceModel, calibration: Samples, evaluation: Samples, config: Config) -> dict[str, Any]:
-    """Run one configuration and measure the exported file."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    started, processor = time.perf_counter(), used.ru_utime + used.ru_stime
-    found = quantize(source, calibration, config)
-    seconds = time.perf_counter() - started
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "quantized.onnx"
-        write_model(export_qdq(source.model, found.table), path)
-        simulated = simulate(source, found.table, evaluation, pick_device(config.device))
-        checked = validate(source.model, path, evaluation, source.path.stat().st_size, config.device, simulated)
-    return {
-        **row_of(checked),
-        "seconds": round(seconds, 1),
-        "cpu_seconds": round(used.ru_utime + used.ru_stime - processor, 1),
-        "units": [unit.name for unit in found.plan.units],
-        "block_losses": [row.loss for row in found.plan.rows],
-        "unit_losses": [[r.loss_before, r.loss_after] for r in found.results],
-        "kept_initial": [r.unit for r in found.results if r.kept == "initial"],
-        **report.oscillations(found),
-    }
-
-
-def row_of(checked: ValidationReport) -> dict[str, Any]:
-    """The figures of a validation that the table shows."""
-    simulation = checked.simulation
-    return {
-        "top1_float": checked.top1_float,
-        "top1": checked.top1_quantized,
-        "top1_simulated": checked.top1_simulated,
-        "agreement": checked.agreement,
-        "sqnr": min(checked.sqnr.values()),
-        "simulation_agreement": simulation.agreement if simulation else None,
-        "integer_operators": checked.integer_operators,
-        "float_layers": checked.float_layers,
-        "samples": checked.samples,
-        "provider": checked.provider,
-    }
+    return comparison.method(method, base)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -128,6 +82,10 @@ def main() -> None:
     results["environment"] = report.environment(str(pick_device(args.device)))
     keys = ("model", "precision", "method", "seed", "iterations", "batch_size", "first_last", "calibration_samples")
     done = {tuple(row[key] for key in keys) for row in results["rows"]}
+
+    def export(table: QuantTable, config: Config, path: Path) -> None:
+        write_model(export_qdq(source.model, table, scheme=config.scheme), path)
+
     for precision in args.precisions.split(","):
         for method in args.methods.split(","):
             for seed in map(int, args.seeds.split(",")):
@@ -136,7 +94,7 @@ def main() -> None:
                 key = (args.model.stem, precision, method, seed, args.iterations, args.batch_size, args.first_last, count)
                 if key in done:
                     continue
-                row = dict(zip(keys, key, strict=True)) | measured(source, calibration, evaluation, config)
+                row = measured(source, calibration, evaluation, config, export) | dict(zip(keys, key, strict=True))
                 results["rows"].append(row | {"threads": args.threads, "config": dataclasses.asdict(config)})
                 args.out.write_text(json.dumps(report.finite(results), indent=1) + "\n")
                 print(table([row]).splitlines()[-1], flush=True)

@@ -1,0 +1,162 @@
+"""Comparisons and studies: equal terms, resumable, and verdicts that follow the numbers, also against the claim."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner, Result
+
+from tests import zoo
+from toolchain import comparison, study
+from toolchain.cli import main
+from toolchain.config import Config
+from toolchain.errors import UsageError
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    onnx.save(zoo.tiny_resnet(), tmp_path / "net.onnx")
+    for name, seed in (("calib", 1), ("eval", 5)):
+        x = zoo.images(24, seed=seed).inputs["x"]
+        np.savez(tmp_path / f"{name}.npz", x=x, labels=np.arange(24) % 10)
+    return tmp_path
+
+
+def invoke(command: str, place: Path, *extra: object) -> Result:
+    data = ["--calibration-data", place / "calib.npz", "--eval-data", place / "eval.npz"]
+    arguments = [command, place / "net.onnx", *data, "--iterations", 2, "--device", "cpu", "-o", place / "out.json", *extra]
+    result = CliRunner().invoke(main, [str(a) for a in arguments], env={"COLUMNS": "100"})
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def test_compare_runs_each_row_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = invoke("compare", place, "--methods", "mse,mrecg:modcap+qdrop", "--seeds", "0,1")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((place / "out.json").read_text())["rows"]
+    assert [(row["settings"]["algorithm"], row["settings"]["units"], row["seed"]) for row in rows] == [
+        ("mse", "none", 0), ("mse", "none", 1), ("qdrop", "modcap", 0), ("qdrop", "modcap", 1),
+    ]  # fmt: skip
+    assert all(row["calibration_samples"] == 24 and row["samples"] == 24 for row in rows)
+    assert "mrecg:modcap+qdrop" in result.output
+    assert "±" in result.output
+    page = (place / "out.html").read_text(encoding="utf-8")
+    assert "mrecg:modcap+qdrop" in page
+    made: list[Config] = []
+    original = comparison.measured
+    monkeypatch.setattr(comparison, "measured", lambda *a: made.append(a[3]) or original(*a))
+    again = invoke("compare", place, "--methods", "minmax,mse", "--seeds", "1", "--json", "-q")
+    assert [config.algorithm for config in made] == ["minmax"]  # what the file has is not run again
+    assert [line["method"] for line in json.loads(again.stdout)["summary"]] == ["minmax", "mse"]
+    invoke("compare", place, "--methods", "mse", "--seeds", "1", "--weight-range", "minmax")
+    assert made[-1].weight_range == "minmax"  # other settings, another row
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--methods", "magic"], "method 'magic'"),
+        (["--methods", "mrecg:manual+qdrop"], "method 'mrecg:manual+qdrop'"),
+        (["--seeds", "a"], "expected integers"),
+        (["--algorithm", "mse"], "--algorithm: is what the runs differ in"),
+        (["--precisions", "four"], "expected w<bits>a<bits>"),
+    ],
+)
+def test_compare_refuses(options: list[str], message: str, place: Path) -> None:
+    result = invoke("compare", place, *options)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+    assert not (place / "out.json").exists()
+
+
+def test_a_file_of_something_else_is_not_overwritten(place: Path) -> None:
+    (place / "out.json").write_text("{}")
+    result = invoke("compare", place, "--methods", "mse", "--seeds", "0")
+    assert result.exit_code == 2
+    assert "is not the result of a comparison" in result.output
+    assert (place / "out.json").read_text() == "{}"
+
+
+def test_mean_and_spread() -> None:
+    rows = [
+        {"precision": "w4a4", "label": "m", "top1": t, "agreement": None, "sqnr": 10.0, "units_after": 1.0, "seconds": 2.0, "units": ["a"],
+         "top1_float": 90.0}
+        for t in (80.0, 82.0, 84.0)
+    ]  # fmt: skip
+    (line,) = comparison.summary(rows)
+    assert (line["top1"], line["top1_spread"], line["seeds"]) == (82.0, 2.0, 3)
+    assert (line["agreement"], line["sqnr_spread"]) == (None, 0.0)
+
+
+def test_random_schemes_are_distinct_and_allowed() -> None:
+    names = [f"b{i:02d}" for i in range(8)]
+    schemes = study.random_schemes(range(1, 6), names, 12, 3, seed=0)
+    assert len(set(schemes)) == 12
+    assert schemes == study.random_schemes(range(1, 6), names, 12, 3, seed=0)
+    for merges in schemes:
+        for unit in merges:
+            parts = unit.split("+")
+            assert 2 <= len(parts) <= 3
+            assert {"b00", "b07"}.isdisjoint(parts)
+
+
+def row(label: str, losses: list[float], group: str = "oscillation", **more: Any) -> dict[str, Any]:
+    names = [f"b{i:02d}" for i in range(len(losses))]
+    facts: dict[str, Any] = {
+        "label": label, "group": group, "learned_units": names, "unit_losses": [[x + 1, x] for x in losses], "blocks": names,
+        "block_layers": [[[4, 4]]] * len(losses), "block_opens": [False] * len(losses), "top1": 80.0, "agreement": 90.0, "samples": 1000,
+    }  # fmt: skip
+    return facts | more
+
+
+def test_verdicts_follow_the_numbers() -> None:
+    rough, smooth = [1.0, 3.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0]
+    for brecq, mrecg, holds in ((rough, smooth, True), (rough, [1.0, 5.0, 1.0, 4.0], False), (smooth, smooth, None)):
+        rows = [row("adaround", rough), row("brecq", brecq), row("mrecg+brecq", mrecg)]
+        assert study.findings(["oscillation"], rows)["oscillation"]["holds"] is holds
+    found = study.findings(["theorem"], [row("brecq", rough)])["theorem"]
+    assert found["holds"] is False
+    assert "in 2 of 3 pairs" in found["verdict"]
+    assert study.findings(["theorem"], [row("brecq", smooth)])["theorem"]["holds"] is True
+    apart = row("brecq", smooth, block_layers=[[[4 * i, 4]] for i in range(4)])
+    assert study.findings(["theorem"], [apart])["theorem"]["holds"] is None
+
+
+@pytest.mark.parametrize(("slope", "holds"), [(1.0, True), (-1.0, False), (0.0, None)])
+def test_correlation_verdicts(slope: float, holds: bool | None) -> None:
+    noise = np.random.default_rng(0).normal(size=20) * 0.1
+    peaks = np.linspace(2, 4, 20)
+    rows = [row("s", [1.0, p, 1 + slope * (p - 3) / 4 + n / 2 + 1], "schemes") for p, n in zip(peaks.tolist(), noise.tolist(), strict=True)]
+    found = study.findings(["final-error"], rows)["final-error"]
+    assert found["holds"] is holds, found["verdict"]
+    assert len(found["points"]) == 20
+
+
+def test_data_verdict_needs_more_than_noise() -> None:
+    def rows(last: float) -> list[dict[str, Any]]:
+        batches = [row(f"b{b}", [1.0], "batch", top1=t, settings={"batch-size": b}, sqnr=9.0) for b, t in ((8, 80.0), (128, last))]
+        return batches + [row(f"{n}", [1.0], "samples", top1=t, calibration_samples=n, sqnr=9.0) for n, t in ((128, 80.0), (1024, last))]
+
+    assert study.findings(["data"], rows(84.0))["data"]["holds"] is True
+    assert study.findings(["data"], rows(76.0))["data"]["holds"] is False
+    assert study.findings(["data"], rows(80.1))["data"]["holds"] is None
+
+
+def test_study_from_the_command_line(place: Path) -> None:
+    result = invoke("study", place, "--schemes", 4, "--algorithm", "brecq", "-p", "w3a4", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert list(facts["findings"]) == list(study.CLAIMS)
+    assert all(finding["verdict"].endswith(".") for finding in facts["findings"].values())
+    page = (place / "out.html").read_text(encoding="utf-8")
+    assert all(finding["verdict"].split(":")[0][:20].replace("&", "&amp;") in page for finding in facts["findings"].values())
+    assert invoke("study", place, "--claims", "magic").exit_code == 2
+    assert invoke("study", place, "--units", "none").exit_code == 2
+
+
+def test_unknown_methods_name_the_known_ones() -> None:
+    with pytest.raises(UsageError, match=r"mrecg:UNITS\+qdrop"):
+        comparison.method("mrecg+", Config())

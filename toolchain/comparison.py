@@ -1,0 +1,230 @@
+"""Several configurations on one model and equal data, each measured from its exported file, in one resumable JSON file."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import report
+from .config import ALGORITHMS, UNITS, Config, DataConfig, parse_precision, resolved
+from .errors import UsageError
+from .pipeline import Progress, pick_device, quantize, simulate
+from .quant_table import QuantTable
+from .samples import Samples
+from .source import SourceModel
+from .validation import ValidationReport, validate
+
+METHODS = "mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop"
+Export = Callable[[QuantTable, Config, Path], None]
+"""Writes the quantized model of a table to a path; handed in, since learning knows nothing of exporters."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to be: `label` names its method in tables, `group` the question it belongs to."""
+
+    label: str
+    config: Config
+    group: str = ""
+
+
+def method(text: str, base: Config) -> Config:
+    """`brecq`: every block alone; `mrecg+brecq`: units by loss; `mrecg:modcap+brecq`: units by another metric.
+
+    Raises:
+        UsageError: an unknown algorithm or metric.
+    """
+    prefix, _, algorithm = text.rpartition("+")
+    name, _, units = prefix.partition(":")
+    units = units or ("loss" if prefix else "none")
+    if algorithm not in ALGORITHMS or name not in ("", "mrecg") or units not in UNITS or units == "manual":
+        raise UsageError(
+            f"method {text!r}: expected one of {', '.join(ALGORITHMS)}, or mrecg+brecq, mrecg+qdrop, mrecg:UNITS+qdrop with UNITS one of "
+            f"{', '.join(u for u in UNITS if u != 'manual')}"
+        )
+    return dataclasses.replace(base, algorithm=algorithm, units=units)
+
+
+def jobs(methods: Sequence[str], precisions: Sequence[str], seeds: Sequence[int], base: Config) -> list[Job]:
+    """Every method at every precision with every seed; all other settings are those of `base`."""
+    return [
+        Job(text, dataclasses.replace(method(text, base), **parse_precision(precision), seed=seed))
+        for precision in precisions
+        for text in methods
+        for seed in seeds
+    ]
+
+
+def run_jobs(
+    source: SourceModel,
+    calibration: Samples,
+    evaluation: Samples,
+    todo: Sequence[Job],
+    export: Export,
+    place: Path,
+    progress: Progress = lambda *_: None,
+    note: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Run what the file lacks, writing it after each row; returns its facts with the rows of these jobs alone.
+
+    Args:
+        source: the float model.
+        calibration: calibration samples.
+        evaluation: samples to measure on.
+        todo: the configurations.
+        export: writes a model.
+        place: the JSON file; rows that it has for the same model, data, settings and versions are not run again.
+        progress: called as the work proceeds.
+        note: called with each new row.
+
+    Raises:
+        UsageError: the file is something else, or cannot be written.
+    """
+    stored = _stored(place)
+    environment = report.environment(str(pick_device(todo[0].config.device)))
+    common = {"sha256": source.sha256, "calibration": _digest(calibration), "evaluation": _digest(evaluation)}
+    rows = {_key(row): row for row in stored}
+    keys = []
+    for index, job in enumerate(todo):
+        head = {**common, "settings": report.finite(_settings(job.config)), "version": environment["versions"].get("mrecg-onnx")}
+        keys.append((_key(head), job))
+        if keys[-1][0] in rows:
+            continue
+        text = f"{job.label} w{job.config.weight_bits}a{job.config.activation_bits} seed {job.config.seed}"
+
+        def shown(what: str, done: int, total: int, loss: float, index: int = index, text: str = text) -> None:
+            step = done / max(total, 1) if what.startswith("recon") else 0.0
+            progress(f"run {text}", round(1000 * (index + step)), 1000 * len(todo), loss)
+
+        row = head | measured(source, calibration, evaluation, job.config, export, shown)
+        rows[keys[-1][0]] = report.finite(row)
+        facts = {"model": str(source.path), "environment": environment, "rows": list(rows.values())}
+        report.write_text(place, report.as_json(facts))
+        note(rows[keys[-1][0]] | {"label": job.label})
+    chosen = [rows[key] | {"label": job.label, "group": job.group} for key, job in keys]
+    return {"model": str(source.path), "environment": environment, "rows": chosen}
+
+
+def measured(
+    source: SourceModel,
+    calibration: Samples,
+    evaluation: Samples,
+    config: Config,
+    export: Export,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Run one configuration and measure the exported file."""
+    started, processor = time.perf_counter(), _processor_seconds()
+    found = quantize(source, calibration, config, progress)
+    seconds, used = time.perf_counter() - started, _processor_seconds() - processor
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "quantized.onnx"
+        export(found.table, config, path)
+        simulated = simulate(source, found.table, evaluation, pick_device(config.device), found.islands)
+        checked = validate(source.model, path, evaluation, source.path.stat().st_size, config.device, simulated)
+    return {
+        "precision": f"w{config.weight_bits}a{config.activation_bits}",
+        "seed": config.seed,
+        **row_of(checked),
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(used, 1),
+        "calibration_samples": found.samples,
+        "units": [unit.name for unit in found.plan.units],
+        "blocks": [row.block.name for row in found.plan.rows],
+        "block_losses": [row.loss for row in found.plan.rows],
+        "block_layers": [list(row.traits.layers) for row in found.plan.rows],
+        "block_opens": [row.traits.is_transition for row in found.plan.rows],
+        "learned_units": [r.unit for r in found.results],
+        "unit_losses": [[r.loss_before, r.loss_after] for r in found.results],
+        "kept_initial": [r.unit for r in found.results if r.kept == "initial"],
+        **report.oscillations(found),
+    }
+
+
+def row_of(checked: ValidationReport) -> dict[str, Any]:
+    """The figures of a validation that tables show."""
+    simulation = checked.simulation
+    return {
+        "top1_float": checked.top1_float,
+        "top1": checked.top1_quantized,
+        "top1_simulated": checked.top1_simulated,
+        "lost": checked.lost,
+        "won": checked.won,
+        "agreement": checked.agreement,
+        "sqnr": min(checked.sqnr.values()),
+        "simulation_agreement": simulation.agreement if simulation else None,
+        "integer_operators": checked.integer_operators,
+        "float_layers": checked.float_layers,
+        "samples": checked.samples,
+        "provider": checked.provider,
+    }
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation over the seeds, by precision and method, in the order they were asked for."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["precision"], row["label"]), []).append(row)
+    result = []
+    for (precision, label), members in groups.items():
+        line: dict[str, Any] = {"precision": precision, "method": label, "seeds": len(members)}
+        for key in ("top1", "agreement", "sqnr", "units_after", "seconds"):
+            line[key], line[f"{key}_spread"] = _mean_and_spread([m[key] for m in members])
+        line["top1_float"] = members[0]["top1_float"]
+        line["unit_count"] = _mean_and_spread([len(m["units"]) for m in members])[0]
+        result.append(line)
+    return result
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known or len(known) < len(values):
+        return None, None
+    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """What decides a result; where it is computed does not."""
+    return {key: value for key, value in resolved(config, DataConfig()).items() if key != "device"}
+
+
+def _key(row: Mapping[str, Any]) -> str:
+    kept = {name: row.get(name) for name in ("sha256", "calibration", "evaluation", "settings", "version")}
+    return json.dumps(kept, sort_keys=True)
+
+
+def _digest(samples: Samples) -> str:
+    """Of the arrays and labels, so that other data never passes for the same."""
+    state = hashlib.sha256()
+    for name, array in sorted(samples.inputs.items()):
+        state.update(f"{name} {array.dtype} {array.shape}".encode())
+        state.update(np.ascontiguousarray(array).tobytes())
+    if samples.labels is not None:
+        state.update(np.ascontiguousarray(samples.labels).tobytes())
+    return state.hexdigest()[:16]
+
+
+def _stored(place: Path) -> list[dict[str, Any]]:
+    if not place.exists():
+        return []
+    try:
+        rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
+        if not all("settings" in row for row in rows):
+            raise KeyError("settings")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{place}: exists, but is not the result of a comparison; choose another --output") from None
+    return rows
+
+
+def _processor_seconds() -> float:
+    times = os.times()
+    return times.user + times.system

@@ -1,0 +1,195 @@
+"""The claims of the MRECG poster as instruments for the user's own model: the runs that test each one, and a sentence on what they show.
+
+Each claim is judged by what its runs measured and nothing else; a claim that does not hold, or that so few runs cannot decide, is said so.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .capacity import groups, oscillation
+from .comparison import Job, method
+from .config import Config
+from .intervals import paired_difference, pearson, spearman
+
+CLAIMS = {
+    "oscillation": "the loss oscillates along the network with AdaRound and BRECQ, and MRECG smooths it",
+    "final-error": "the largest error of the earlier units decides the final error",
+    "accuracy": "the smaller the final error, the better the accuracy",
+    "data": "larger batches and more samples improve the accuracy, with diminishing returns",
+    "theorem": "between equivalent neighbours the loss does not fall (Theorem 1)",
+}
+_METHODS = ("adaround", "brecq", "mrecg+brecq")
+_BATCHES, _SHARES = (8, 32, 128), (0.125, 0.5, 1.0)
+
+
+def study_jobs(
+    claims: Sequence[str], base: Config, boundaries: Sequence[int], names: Sequence[str], schemes: int, samples: int
+) -> list[Job]:
+    """The runs that the claims need; a run that two claims share is made once.
+
+    Args:
+        claims: some of `CLAIMS`.
+        base: all other settings; random schemes and data use its algorithm.
+        boundaries: boundaries between blocks that may be merged away.
+        names: of the blocks.
+        schemes: how many random unit schemes to draw.
+        samples: calibration samples at hand.
+    """
+    jobs: list[Job] = []
+    if "oscillation" in claims or "theorem" in claims:
+        jobs += [Job(text, method(text, base), "oscillation") for text in _METHODS]
+    if "final-error" in claims or "accuracy" in claims:
+        for index, merges in enumerate(random_schemes(boundaries, names, schemes, base.max_group, base.seed)):
+            units = {"units": "manual", "merge": merges} if merges else {"units": "none"}
+            jobs.append(Job(f"scheme {index}", dataclasses.replace(base, **units), "schemes"))
+    if "data" in claims:
+        for batch in _BATCHES:
+            jobs.append(Job(f"batch {batch}", dataclasses.replace(base, batch_size=batch), "batch"))
+        for share in _SHARES:
+            count = max(round(samples * share), 1)
+            jobs.append(Job(f"{count} samples", dataclasses.replace(base, calibration_samples=count), "samples"))
+    return jobs
+
+
+def random_schemes(boundaries: Sequence[int], names: Sequence[str], count: int, max_group: int, seed: int) -> list[tuple[str, ...]]:
+    """Distinct random unit schemes as `--merge` has them: each boundary is merged with a probability drawn anew for each scheme."""
+    rng = np.random.default_rng(seed)
+    found: dict[tuple[str, ...], None] = {}
+    for _ in range(100 * count):
+        if len(found) == count:
+            break
+        share = rng.uniform(0.0, 0.7)
+        merged: set[int] = set()
+        for boundary in rng.permutation(list(boundaries)):
+            if rng.random() < share and max(map(len, groups(len(names), merged | {int(boundary)}))) <= max_group:
+                merged.add(int(boundary))
+        runs = [run for run in groups(len(names), merged) if len(run) > 1]
+        found[tuple("+".join(names[i] for i in run) for run in runs)] = None
+    return list(found)
+
+
+def findings(claims: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each claim: the claim in words, its figures, and the verdict in one sentence."""
+    by_group = {group: [row for row in rows if row["group"] == group] for group in ("oscillation", "schemes", "batch", "samples")}
+    found = {
+        "oscillation": lambda: _oscillation(by_group["oscillation"]),
+        "final-error": lambda: _final_error(by_group["schemes"]),
+        "accuracy": lambda: _accuracy(by_group["schemes"]),
+        "data": lambda: _data(by_group["batch"], by_group["samples"]),
+        "theorem": lambda: _theorem([row for row in by_group["oscillation"] if row["label"] == "brecq"]),
+    }
+    return {claim: {"claim": CLAIMS[claim], **found[claim]()} for claim in claims}
+
+
+def final_losses(row: Mapping[str, Any]) -> list[float]:
+    """The loss of each unit as it is in the table."""
+    return [min(before, after) if after is not None else before for before, after in row["unit_losses"]]
+
+
+def _oscillation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    lines = [
+        {"method": row["label"], "units": row["learned_units"], "losses": final_losses(row), "oscillation": oscillation(final_losses(row))}
+        for row in rows
+    ]
+    by_name = {line["method"]: line["oscillation"] for line in lines}
+    plain, joined = by_name["brecq"], by_name["mrecg+brecq"]
+    layered = f"{by_name['adaround']:.4g} with AdaRound (per layer)"
+    text = f"The drops of the loss sum to {layered}, {plain:.4g} with BRECQ and {joined:.4g} with MRECG"
+    if plain <= 0:
+        return {
+            "lines": lines,
+            "verdict": f"{text}: with BRECQ nothing oscillates here, so that there is nothing to smooth.",
+            "holds": None,
+        }
+    change = 100 * (joined / plain - 1)
+    holds = joined < plain
+    word = "MRECG smooths it" if holds else "MRECG does not smooth it here"
+    return {"lines": lines, "verdict": f"{text}: {word} ({change:+.0f} %, one seed).", "holds": holds}
+
+
+def _final_error(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    points = [(max(losses[:-1]), losses[-1]) for row in rows if len(losses := final_losses(row)) > 1]
+    return _correlated(points, "largest earlier loss", "final loss", positive=True)
+
+
+def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    key = "top1" if all(row["top1"] is not None for row in rows) else "agreement"
+    points = [(final_losses(row)[-1], row[key]) for row in rows if row[key] is not None]
+    name = "top-1 accuracy, %" if key == "top1" else "agreement with the float model, %"
+    return _correlated(points, "final loss", name, positive=False)
+
+
+def _correlated(points: Sequence[tuple[float, float]], x: str, y: str, *, positive: bool) -> dict[str, Any]:
+    """Both correlations with their intervals; the claim holds where the whole interval of the ranks' has the claimed sign."""
+    first, second = [p[0] for p in points], [p[1] for p in points]
+    linear, ranks = pearson(first, second), spearman(first, second)
+    facts = {"x": x, "y": y, "points": [list(p) for p in points], "pearson": linear, "spearman": ranks}
+    if linear is None or ranks is None:
+        return facts | {"verdict": f"Undecided: {len(points)} schemes that differ too little to correlate {x} and {y}.", "holds": None}
+    text = (
+        f"Over {len(points)} random unit schemes {x} and {y} correlate with r = {linear[0]:+.2f} "
+        f"(95 %: {linear[1]:+.2f} to {linear[2]:+.2f}), rank correlation {ranks[0]:+.2f} ({ranks[1]:+.2f} to {ranks[2]:+.2f})"
+    )
+    low, high = ranks[1:] if positive else (-ranks[2], -ranks[1])
+    holds = True if low > 0 else False if high < 0 else None
+    word = {True: "the claim holds here", False: "the opposite of the claim", None: "undecided, the interval includes zero"}[holds]
+    return facts | {"verdict": f"{text}: {word}.", "holds": holds}
+
+
+def _data(batches: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    key = "top1" if all(row["top1"] is not None for row in [*batches, *samples]) else "agreement"
+    series = {
+        "batch size": [(row["settings"]["batch-size"], row[key], row["sqnr"]) for row in batches],
+        "calibration samples": [(row["calibration_samples"], row[key], row["sqnr"]) for row in samples],
+    }
+    texts, holds = [], []
+    for name, points in series.items():
+        (least, first, _), (most, last, _) = points[0], points[-1]
+        n = batches[0]["samples"]
+        noise = _noise(first, last, n)
+        grows = last - first > noise
+        holds.append(True if grows else False if first - last > noise else None)
+        texts.append(f"{name} {least} to {most}: {first:.2f} to {last:.2f} % ({last - first:+.2f} points)")
+    decided = True if all(h is True for h in holds) else False if any(h is False for h in holds) else None
+    unsure = "within the uncertainty of the samples for at least one of them"
+    word = {True: "both improve it", False: "not confirmed here", None: unsure}[decided]
+    return {
+        "series": {name: [list(point) for point in points] for name, points in series.items()},
+        "metric": key,
+        "verdict": f"{'; '.join(texts)}: {word} (one seed).",
+        "holds": decided,
+    }
+
+
+def _noise(first: float, last: float, n: int) -> float:
+    """Half the width of the paired interval if the two differed only by what their accuracies do: the least that could be told apart."""
+    moved = max(round(abs(last - first) / 100 * n), 1)
+    low, high = paired_difference(moved, 0, n)
+    return (high - low) / 2
+
+
+def _theorem(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    (row,) = rows
+    losses = dict(zip(row["learned_units"], final_losses(row), strict=True))
+    position = {name: index for index, name in enumerate(row["blocks"])}
+    pairs = []
+    for a, b in itertools.pairwise(row["blocks"]):
+        same = row["block_layers"][position[a]] == row["block_layers"][position[b]] and not row["block_opens"][position[b]]
+        if same and a in losses and b in losses:
+            pairs.append({"blocks": [a, b], "losses": [losses[a], losses[b]], "rises": losses[b] >= losses[a]})
+    if not pairs:
+        return {"pairs": pairs, "verdict": "Undecided: the model has no equivalent neighbours (same layers, no new stage).", "holds": None}
+    count = sum(pair["rises"] for pair in pairs)
+    word = (
+        "as the theorem says"
+        if count == len(pairs)
+        else "more often than not"
+        if 2 * count > len(pairs)
+        else "the theorem does not describe it"
+    )
+    text = f"The loss rises or stays in {count} of {len(pairs)} pairs of equivalent neighbours (BRECQ, every block alone): {word}."
+    return {"pairs": pairs, "verdict": text, "holds": count == len(pairs)}
