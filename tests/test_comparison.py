@@ -106,7 +106,8 @@ def test_random_schemes_are_distinct_and_allowed() -> None:
 def row(label: str, losses: list[float], group: str = "oscillation", **more: Any) -> dict[str, Any]:
     names = [f"b{i:02d}" for i in range(len(losses))]
     facts: dict[str, Any] = {
-        "label": label, "group": group, "learned_units": names, "unit_losses": [[x + 1, x] for x in losses], "blocks": names,
+        "label": label, "group": group, "units": names, "learned_units": names, "unit_losses": [[x + 1, x] for x in losses],
+        "blocks": names,
         "block_layers": [[[4, 4]]] * len(losses), "block_opens": [False] * len(losses), "top1": 80.0, "agreement": 90.0, "samples": 1000,
     }  # fmt: skip
     return facts | more
@@ -115,8 +116,10 @@ def row(label: str, losses: list[float], group: str = "oscillation", **more: Any
 def test_verdicts_follow_the_numbers() -> None:
     rough, smooth = [1.0, 3.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0]
     for brecq, mrecg, holds in ((rough, smooth, True), (rough, [1.0, 5.0, 1.0, 4.0], False), (smooth, smooth, None)):
-        rows = [row("adaround", rough), row("brecq", brecq), row("mrecg+brecq", mrecg)]
+        rows = [row("adaround", rough), row("brecq", brecq), row("mrecg+brecq", mrecg, units=["b00+b01", "b02", "b03"])]
         assert study.findings(["oscillation"], rows)["oscillation"]["holds"] is holds
+    alone = [row(label, rough) for label in ("adaround", "brecq", "mrecg+brecq")]
+    assert "no blocks are joined" in study.findings(["oscillation"], alone)["oscillation"]["verdict"]
     found = study.findings(["theorem"], [row("brecq", rough)])["theorem"]
     assert found["holds"] is False
     assert "in 2 of 3 pairs" in found["verdict"]

@@ -105,6 +105,8 @@ def _oscillation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "verdict": f"{text}: with BRECQ nothing oscillates here, so that there is nothing to smooth.",
             "holds": None,
         }
+    if len(rows[-1]["units"]) == len(rows[-1]["blocks"]):
+        return {"lines": lines, "verdict": f"{text}: no blocks are joined here, so that the two are the same.", "holds": None}
     change = 100 * (joined / plain - 1)
     holds = joined < plain
     word = "MRECG smooths it" if holds else "MRECG does not smooth it here"

@@ -126,26 +126,20 @@ def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
 
 
 def comparison_table(lines: list[dict[str, Any]]) -> Table:
-    """Mean and spread over the seeds of each method."""
-    table = _table(
-        "Methods, mean ± standard deviation over seeds", "bits", "method", "top-1>", "agreement>", "SQNR>", "oscillation>", "units>", "s>"
-    )
+    """Mean and spread over the seeds of each method; top-1 and agreement in percent."""
+    columns = ("bits", "method", "top-1>", "same>", "SQNR dB>", "oscillation>")
+    table = _table("Methods, mean ± standard deviation over seeds; same: predictions equal to float", *columns)
     for line in lines:
-        cells = [
-            _spread(line, "top1", " %"),
-            _spread(line, "agreement", " %"),
-            _spread(line, "sqnr", " dB"),
-            _spread(line, "units_after", "", ".3g"),
-        ]
-        table.add_row(line["precision"], line["method"], *cells, f"{line['unit_count']:.0f}", f"{line['seconds']:.0f}")
+        cells = [_spread(line, key, ".1f") for key in ("top1", "agreement", "sqnr")]
+        table.add_row(line["precision"], escape(line["method"]), *cells, _spread(line, "units_after", ".3g"))
     return table
 
 
-def _spread(line: dict[str, Any], key: str, unit: str, form: str = ".2f") -> str:
+def _spread(line: dict[str, Any], key: str, form: str) -> str:
     value, spread = line[key], line[f"{key}_spread"]
     if value is None:
         return ""
-    return f"{value:{form}}{f' ± {spread:{form}}' if spread is not None else ''}{unit}"
+    return f"{value:{form}}" + (f" ±{spread:{form.replace('3', '2')}}" if spread is not None else "")
 
 
 def study_findings(findings: dict[str, dict[str, Any]]) -> Table:
