@@ -18,6 +18,7 @@ from toolchain.errors import ExportError
 from toolchain.pipeline import Quantized, quantize, simulate
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples
+from toolchain.scheme import TARGETS
 from toolchain.source import SourceModel
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -135,16 +136,17 @@ def test_16_bits_raise_the_opset_and_8_do_not(tmp_path: Path) -> None:
         runtime.session(exported)
 
 
-def test_golden_graph(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "golden"), [("ort-cpu", "small_w4a4"), ("tensorrt", "small_w4a4_tensorrt"), ("qnn", "small_w4a4_qnn")])
+def test_golden_graph(target: str, golden: str, tmp_path: Path) -> None:
     """The exact file for a small model, as text. To renew it after a wanted change: delete it, run the test, read the difference."""
     b = zoo.Builder({"x": ["N", 2, 4, 4]})
     x = b.conv("x", 2, 2, act="relu6")
     x = b.op("Add", b.conv(x, 2, 2), x, name="sum")
-    source, found = quantized(b.model(b.head(x, 2, 2)), tmp_path, zoo.images(4, (2, 4, 4)))
-    exported = export_qdq(source.model, found.table)
+    source, found = quantized(b.model(b.head(x, 2, 2)), tmp_path, zoo.images(4, (2, 4, 4)), target=target)
+    exported = export_qdq(source.model, found.table, scheme=TARGETS[target])
     del exported.graph.initializer[:]  # their names are in the nodes; their values depend on the machine's last bit
     text = onnx.printer.to_text(exported) + "\n"
-    path = GOLDEN / "small_w4a4.onnx.txt"
+    path = GOLDEN / f"{golden}.onnx.txt"
     if not path.exists():
         path.write_text(text, encoding="utf-8")
         pytest.fail(f"{path.name} was written anew; run again")

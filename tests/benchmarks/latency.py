@@ -1,7 +1,7 @@
 """Time a float model and its quantized files under ONNX Runtime, all in one process and in turn; figures are ratios to the float model.
 
 usage: python -m tests.benchmarks.latency MODEL.onnx --calibration C.npz --out RESULTS.json [--precisions w8a8,w4a4] [--batches 1,32]
-           [--threads 1] [--seconds 10]
+           [--threads 1] [--seconds 10] [--target ort-cpu] [--peer NAME=FILE.onnx ...]
 
 Ranges and rounding do not change the time, so the files come from `--algorithm mse`. Each figure is the fastest of all rounds: what other
 processes take away only ever adds. Rows are added to RESULTS.json. Prints a Markdown table.
@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--target", default="ort-cpu")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=FILE", help="a file of another tool for the same model")
     args = parser.parse_args()
     source = load_source(args.model)
     samples = load_samples(args.calibration, source.inputs, Preprocessing(), "--calibration").first(64)
@@ -78,10 +80,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         sessions = {"float": opened(args.model, args.threads)}
         for precision in args.precisions.split(","):
-            config = Config(**parse_precision(precision), algorithm="mse", device="cpu")
+            config = Config(**parse_precision(precision), algorithm="mse", device="cpu", target=args.target)
             path = Path(folder) / f"{precision}.onnx"
-            write_model(export_qdq(source.model, quantize(source, samples, config).table), path)
+            write_model(export_qdq(source.model, quantize(source, samples, config).table, scheme=config.scheme), path)
             sessions[precision] = opened(path, args.threads)
+        for name, path in (entry.split("=", 1) for entry in args.peer):
+            sessions[name] = opened(Path(path), args.threads)
         for batch in map(int, args.batches.split(",")):
             feeds = {name: array[:batch] for name, array in samples.inputs.items()}
             milliseconds = {name: round(value, 4) for name, value in fastest(sessions, feeds, args.seconds).items()}
