@@ -118,6 +118,9 @@ class Config:
     weight_range: str = option("mse", "Calibration of weight ranges.", "calibration", choices=RANGES)
     activation_range: str = option("mse", "Calibration of activation ranges.", "calibration", choices=RANGES)
     percentile: float = option(99.99, "Percentile of the `percentile` calibration.", "calibration", low=50.0, high=100.0)
+    bias_correction: bool = option(
+        True, "With `minmax` and `mse`: take the shift of each channel's mean out of the biases; off: the papers' baseline.", "calibration"
+    )
     range_samples: int = option(256, "Samples that activation ranges are taken from.", "calibration", low=1)
     selector: str = option(
         "auto",

@@ -11,6 +11,7 @@ import torch
 
 from . import partition, runtime
 from .activations import CHUNK, Parts, Piece, TorchModel, Value, observed, quantizing, run_piece
+from .bias_correction import correct_biases
 from .calibration import Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
 from .errors import UsageError, near_misses
@@ -106,6 +107,8 @@ def quantize(
         results = ()
         for unit in plan.units:
             table = with_biases(source, placement, unit, table)
+        if config.bias_correction:
+            table = correct_biases(units, placement, table, samples)
     laps.end("reconstruct")
     return Quantized(table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands)
 

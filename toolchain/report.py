@@ -268,9 +268,10 @@ def as_json(value: Any) -> str:
 
 
 def _algorithm(config: Config) -> str:
+    corrected = ", biases corrected" if config.bias_correction else ""
     return {
-        "minmax": "rounding to nearest, min-max ranges",
-        "mse": f"rounding to nearest, {config.weight_range} weight and {config.activation_range} activation ranges",
+        "minmax": f"rounding to nearest, min-max ranges{corrected}",
+        "mse": f"rounding to nearest, {config.weight_range} weight and {config.activation_range} activation ranges{corrected}",
         "adaround": "AdaRound: layer by layer on the quantized stream, activations quantized, steps as calibrated",
         "brecq": "BRECQ as in MQBench: unit by unit, activations quantized while learning, steps learned jointly",
         "qdrop": "QDrop: as BRECQ, with activations quantized at random, element by element",
