@@ -5,57 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime as ort
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.errors import InstallationError, UnsupportedModelError
-from toolchain.graph import Graph, Node, boundary
-from toolchain.partition import Block
+from toolchain.graph import Graph, Node
 from toolchain.source import InputSpec, SourceModel, infer_types
-from toolchain.torch_import import can_import, fallback, import_block
+from toolchain.torch_import import can_import, fallback
 
-ATOL = 2e-5  # float32 sums of at most a few hundred products of unit normals
-
-
-def node_model(kind: str, x: np.ndarray, constants: dict[str, np.ndarray | None], opset: int, **attributes: Any) -> onnx.ModelProto:
-    """One node with a data input `x`, and constants by input name (None: absent)."""
-    names = [name if array is not None else "" for name, array in constants.items()]
-    node = helper.make_node(kind, ["x", *names], ["y"], "node", **attributes)
-    tensors = [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items() if array is not None]
-    x_info = helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))
-    graph = helper.make_graph([node], "g", [x_info], [onnx.ValueInfoProto(name="y")], tensors)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-
-
-def both(model: onnx.ModelProto, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ONNX Runtime, torch) outputs. The model is used as it is: cleaning it up would fold away what is tested."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    expected = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-    proto = model.graph.node[0]
-    nodes = (Node(proto.name, proto.op_type, tuple(proto.input), tuple(proto.output)),)
-    graph = Graph(nodes, ("x",), ("y",), frozenset(t.name for t in model.graph.initializer))
-    source = SourceModel(Path("test"), "", model, graph, (InputSpec("x", np.dtype(np.float32), x.shape),))
-    inputs, outputs = boundary(graph, nodes)
-    block = Block("b", nodes, inputs, outputs, (), is_residual=False)
-    module = import_block(source, infer_types(source, {"x": x.shape[1:]}), block)
-    weights = {name: torch.tensor(source.constants[name]) for name in module.weights}
-    return np.asarray(expected), module({"x": torch.from_numpy(x), **weights})["y"].numpy()
-
-
-def check(kind: str, x: np.ndarray, constants: dict[str, np.ndarray | None] | None = None, opset: int = 17, **attributes: Any) -> None:
-    expected, found = both(node_model(kind, x, constants or {}, opset, **attributes), x)
-    assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, atol=ATOL, rtol=0)
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+from .parity import check, executed, imported, node_model, normal
 
 
 @given(
@@ -209,7 +169,7 @@ def test_operators_of_onnx2torch_at_newer_versions(kind: str, opset: int, attrib
 
 def test_what_cannot_be_imported_is_known_beforehand() -> None:
     def reason(kind: str, **attributes: Any) -> str | None:
-        model = node_model(kind, normal(2, 3), {}, 17, **attributes)
+        model = node_model(kind, {"x": normal(2, 3)}, {}, 17, **attributes)
         proto = model.graph.node[0]
         node = Node(proto.name, proto.op_type, tuple(proto.input), tuple(proto.output))
         graph = Graph((node,), ("x",), ("y",), frozenset())
@@ -217,12 +177,47 @@ def test_what_cannot_be_imported_is_known_beforehand() -> None:
         return can_import(source, infer_types(source, {"x": (3,)}), node)
 
     assert reason("Relu") is None
-    assert "not implemented" in (reason("Hardmax") or "")
+    assert "not implemented" in (reason("Det2") or "")
 
 
 def test_an_unknown_operator_names_its_node() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"node 'node'.*Hardmax"):
-        both(node_model("Hardmax", normal(2, 3), {}, 17), normal(2, 3))
+    with pytest.raises(UnsupportedModelError, match=r"node 'node'.*NonMaxSuppression2"):
+        imported(node_model("NonMaxSuppression2", {"x": normal(2, 3)}, {}, 17), {"x": normal(2, 3)})
+
+
+def test_types_that_torch_does_not_compute_with_are_refused() -> None:
+    x = np.ones((2, 3), np.uint16)
+    with pytest.raises(UnsupportedModelError, match="torch does not compute with uint16"):
+        imported(node_model("Add", {"x": x, "z": x}, {}, 14), {"x": x, "z": x})
+
+
+def test_shape_arithmetic_of_a_dynamic_batch() -> None:
+    """Shape -> Gather -> Concat -> Reshape, and fills and ranges made from it, as exporters write them: numbers stay on the CPU."""
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"], "shape"),
+        helper.make_node("Gather", ["shape", "zero"], ["batch"], "batch"),
+        helper.make_node("Unsqueeze", ["batch", "axis"], ["batch1"], "batch1"),
+        helper.make_node("Concat", ["batch1", "rest"], ["wanted"], "wanted", axis=0),
+        helper.make_node("Reshape", ["x", "wanted"], ["flat"], "flat"),
+        helper.make_node("ConstantOfShape", ["wanted0"], ["fill"], "fill"),
+        helper.make_node("Concat", ["batch1", "width"], ["wanted0"], "wanted0", axis=0),
+        helper.make_node("Range", ["zero", "batch", "one"], ["steps"], "steps"),
+        helper.make_node("Gather", ["flat", "steps"], ["same"], "same"),
+        helper.make_node("Add", ["same", "fill"], ["y"], "y"),
+    ]
+    constants = {"zero": np.array(0), "one": np.array(1), "axis": np.array([0]), "rest": np.array([-1]), "width": np.array([20])}
+    order = ["shape", "batch", "batch1", "wanted", "flat", "wanted0", "fill", "steps", "same", "y"]
+    nodes = [next(n for n in nodes if n.name == name) for name in order]
+    x = normal(3, 4, 5)
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 5])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    np.testing.assert_array_equal(imported(model, {"x": x})["y"].numpy(), executed(model, {"x": x})["y"])
 
 
 def test_a_torchvision_that_does_not_match_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from ..graph import Node
 from ..partition import Block
 from ..source import SourceModel, ValueTypes
 from . import fallback
+from .casting import DTYPES, type_name
 from .converters import CONVERTERS
 from .operator import NodeView, Operator, Refused
 
@@ -134,6 +135,10 @@ def _convert(source: SourceModel, types: ValueTypes, node: Node) -> Operator:
         if name in source.constants and name not in own and source.constants[name].size <= _SMALL
     }
     view = NodeView(proto, _opset(source, node), small, types, source.constants)
+    for name in (*node.inputs, *node.outputs):
+        dtype = types.dtypes.get(name)
+        if dtype and dtype not in DTYPES:
+            view.refuse(f"torch does not compute with {type_name(dtype)}")
     converter = CONVERTERS.get(("" if node.is_standard else node.domain, node.op_type))
     return converter(view) if converter is not None else fallback.convert(view)
 
@@ -149,7 +154,7 @@ def _host_values(nodes: Iterable[Node], operators: Iterable[Operator], constants
     host: set[str] = set()
     for node, operator in zip(nodes, operators, strict=True):
         computed = [name for name in operator.inputs if name and name not in constants]
-        if node.is_standard and (node.op_type in ("Shape", "Size") or (computed and host.issuperset(computed))):
+        if node.is_standard and (node.op_type in ("Shape", "Size", "Constant") or (computed and host.issuperset(computed))):
             host.update(name for name in node.outputs if name)
     return frozenset(host)
 

@@ -2,9 +2,50 @@
 
 from collections.abc import Mapping
 
-from . import convolution, linear, padding, pooling, reduction, shaping
+from . import (
+    activation,
+    arithmetic,
+    attention,
+    casting,
+    contrib,
+    convolution,
+    functions,
+    generating,
+    indexing,
+    linear,
+    normalization,
+    padding,
+    pooling,
+    recurrent,
+    reduction,
+    resize,
+    sampling,
+    shaping,
+)
 from .operator import Converter
 
-_STANDARD = (convolution, linear, padding, pooling, reduction, shaping)
+_STANDARD = (
+    activation,
+    arithmetic,
+    attention,
+    casting,
+    convolution,
+    functions,
+    generating,
+    indexing,
+    linear,
+    normalization,
+    padding,
+    pooling,
+    recurrent,
+    reduction,
+    resize,
+    sampling,
+    shaping,
+)
 
-CONVERTERS: Mapping[tuple[str, str], Converter] = {("", name): c for family in _STANDARD for name, c in family.CONVERTERS.items()}
+CONVERTERS: Mapping[tuple[str, str], Converter] = {
+    **{("", name): converter for family in _STANDARD for name, converter in family.CONVERTERS.items()},
+    **{("", name): converter for name, converter in contrib.STANDARD_DOMAIN.items()},
+    **{(contrib.DOMAIN, name): converter for name, converter in contrib.CONVERTERS.items()},
+}

@@ -52,7 +52,7 @@ def _output_window(pads: WindowPads, natural: list[int], spatial: torch.Size, wa
     """(first index, size) of the result within the unpadded transposed convolution, for each axis."""
     if wanted is None and pads.auto == "NOTSET":
         return list(pads.begin), [n - low - high for n, low, high in zip(natural, pads.begin, pads.end, strict=True)]
-    sizes = wanted or [size * stride for size, stride in zip(spatial, pads.strides, strict=True)]
+    sizes = wanted or [min(n, size * stride) for n, size, stride in zip(natural, spatial, pads.strides, strict=True)]
     totals = [max(n - size, 0) for n, size in zip(natural, sizes, strict=True)]
     return [t // 2 if pads.auto == "SAME_UPPER" else t - t // 2 for t in totals], list(sizes)
 

@@ -25,4 +25,10 @@ def matmul(view: NodeView) -> Operator:
     return Operator(torch.matmul, view.inputs)
 
 
-CONVERTERS: dict[str, Converter] = {"Gemm": gemm, "MatMul": matmul}
+def einsum(view: NodeView) -> Operator:
+    """Einsum; torch reads the same equations."""
+    equation = view.attrs["equation"]
+    return Operator(lambda *tensors: torch.einsum(equation, *tensors), view.inputs)
+
+
+CONVERTERS: dict[str, Converter] = {"Gemm": gemm, "MatMul": matmul, "Einsum": einsum}

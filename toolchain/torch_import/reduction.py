@@ -1,4 +1,4 @@
-"""Reductions and arg-reductions. Axes are an attribute before opset 18 (ReduceSum: 13), an input from then on."""
+"""Reductions, arg-reductions and running reductions. Axes are an attribute before opset 18 (ReduceSum: 13), an input from then on."""
 
 from collections.abc import Callable, Sequence
 
@@ -76,4 +76,27 @@ def arg_reduce(view: NodeView) -> Operator:
     return Operator(call, view.inputs)
 
 
-CONVERTERS: dict[str, Converter] = {**dict.fromkeys(_REDUCTIONS, reduce), "ArgMax": arg_reduce, "ArgMin": arg_reduce}
+def cumulative(view: NodeView) -> Operator:
+    """CumSum and CumProd along an axis, from either end (`reverse`), each element with or without (`exclusive`) itself."""
+    attrs = view.attrs
+    exclusive, reverse = bool(attrs.get("exclusive", 0)), bool(attrs.get("reverse", 0))
+    function, neutral = (torch.cumsum, 0) if view.proto.op_type == "CumSum" else (torch.cumprod, 1)
+
+    def call(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+        axis = int(axes[0])
+        y = function(x.flip(axis) if reverse else x, dim=axis).to(x.dtype)
+        if exclusive:
+            first = torch.full_like(y.narrow(axis, 0, 1), neutral)
+            y = torch.cat([first, y.narrow(axis, 0, y.shape[axis] - 1)], dim=axis)
+        return y.flip(axis) if reverse else y
+
+    return with_numbers(view, (1,), call)
+
+
+CONVERTERS: dict[str, Converter] = {
+    **dict.fromkeys(_REDUCTIONS, reduce),
+    "ArgMax": arg_reduce,
+    "ArgMin": arg_reduce,
+    "CumSum": cumulative,
+    "CumProd": cumulative,
+}

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from .operator import Converter, NodeView, Operator, with_numbers
 from .padding import to_torch
 
+_NO_END = (2**31 - 1, 2**63 - 1)  # for ONNX Runtime these mean the last element in the direction of the step
+
 
 def reshape(view: NodeView) -> Operator:
     """Reshape; 0 copies the input's axis unless `allowzero`."""
@@ -117,7 +119,8 @@ def slice_(view: NodeView) -> Operator:
             if step > 0:
                 index[axis] = slice(max(start, -size), max(end, -size), step)
             else:  # torch has no negative steps: take the same elements forwards, then turn them around
-                taken = range(size)[slice(start, None if end < -size else end, step)]
+                to_first = end < -size or end in _NO_END
+                taken = range(size)[slice(max(start, -size), None if to_first else end, step)]
                 index[axis] = slice(taken[-1], taken[0] + 1, -step) if taken else slice(0, 0)
                 x = x[tuple(index)].flip(axis)
                 index[axis] = slice(None)

@@ -1,0 +1,172 @@
+"""The official ONNX node cases of every operator with a converter, through the import to torch.
+
+Each case runs twice: with all inputs fed, and with all but the first as constants, which is how shapes, axes and weights come in real
+models. Cases that expand an operator into a graph of simpler ones run too, where all of those have converters: they are made of the shape
+arithmetic that exporters write. Generating the cases is most of the time that this file takes.
+"""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper, shape_inference
+
+from toolchain.errors import UnsupportedModelError
+from toolchain.graph import Graph, Node, boundary
+from toolchain.partition import Block
+from toolchain.source import SourceModel, ValueTypes
+from toolchain.torch_import import import_block
+from toolchain.torch_import.converters import CONVERTERS
+
+# The cases hold float32 results of short sums; some were rounded to six digits.
+RTOL, ATOL = 1e-3, 1e-5
+HALF = 5e-4  # one unit in the last place of float16 just below 1, for intermediate results that may be rounded or not
+
+EXCLUDED = {
+    r"test_batchnorm_\w+_training_mode": ("in training mode", "updates its statistics: not inference"),
+    r"test_training_dropout(_default)?(_mask)?": ("in training mode", "random: not inference"),
+    r"test_resize_downsample_scales_(linear|cubic)_align_corners": (
+        None,
+        "the cases align corners to the unrounded output size, ONNX Runtime to the real one, and so does the import",
+    ),
+}
+"""Name pattern -> (what the refusal says, or None where the case runs and differs; why). Entries that would pass fail the test."""
+
+RULES = (
+    # Element types outside of the import's range: such nodes are left to ONNX Runtime.
+    r"torch does not compute with (bfloat16|float8\w*|float4e2m1|u?int[24]|uint16|uint32|uint64|string|complex\d+)",
+    # Modes that change what a node is must be known at import.
+    r"computed, not constant",
+)
+"""Refusals that need no entry above."""
+
+WITHOUT_CASES = {"GlobalLpPool", "SimplifiedLayerNormalization"}
+"""Operators with a converter for which there is no case."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model: onnx.ModelProto
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+    @property
+    def operators(self) -> frozenset[tuple[str, str]]:
+        return frozenset(("" if node.domain == "ai.onnx" else node.domain, node.op_type) for node in self.model.graph.node)
+
+
+@cache
+def cases() -> Mapping[str, tuple[Case, ...]]:
+    """The node cases over tensors, by the operator that they are about; those of expansions are under "expanded"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the generators divide by zero and overflow on purpose
+        from onnx.backend.test.case.node import collect_testcases
+
+        found = collect_testcases()
+    grouped: dict[str, list[Case]] = {}
+    for case in found:
+        assert case.model is not None
+        assert case.data_sets is not None
+        inputs, outputs = case.data_sets[0]
+        if any(isinstance(value, list | dict) or value is None for value in [*inputs, *outputs]):
+            continue  # sequences, maps and optionals are no tensors
+        graph = case.model.graph
+        named = [
+            dict(zip((info.name for info in infos), map(_array, values), strict=True))
+            for infos, values in ((graph.input, inputs), (graph.output, outputs))
+        ]
+        made = Case(case.name, case.model, named[0], named[1])
+        if made.operators <= set(CONVERTERS):
+            expanded = "_expanded" in case.name or len(graph.node) > 1
+            grouped.setdefault("expanded" if expanded else graph.node[0].op_type, []).append(made)
+    return {kind: tuple(members) for kind, members in grouped.items()}
+
+
+@pytest.mark.parametrize("kind", sorted({name for domain, name in CONVERTERS if not domain} | {"expanded"}))
+def test_official_cases(kind: str) -> None:
+    if kind in WITHOUT_CASES:
+        assert kind not in cases()
+        return
+    failures: list[str] = []
+    computed = 0
+    for case in cases()[kind]:
+        names = list(case.inputs)
+        for constants in [[], *([names[1:]] if len(names) > 1 else [])]:
+            verdict, done = _judge(case, constants)
+            computed += done
+            if verdict is not None:
+                failures.append(f"{case.name} ({'one input' if constants else 'all inputs'} fed): {verdict}")
+    assert not failures, "\n".join(failures)
+    assert computed, f"every case of {kind} was refused"
+
+
+def test_every_exclusion_is_about_a_case() -> None:
+    names = [case.name for members in cases().values() for case in members]
+    for pattern in EXCLUDED:
+        assert any(re.fullmatch(pattern, name) for name in names), pattern
+
+
+def _judge(case: Case, constants: Sequence[str]) -> tuple[str | None, bool]:
+    """(what is wrong with the import of a case, or None; whether it was computed)."""
+    refusal, reason = next((entry for pattern, entry in EXCLUDED.items() if re.fullmatch(pattern, case.name)), (None, None))
+    try:
+        found = _imported(case, constants)
+    except UnsupportedModelError as error:
+        expected = (*RULES, refusal) if refusal is not None else RULES
+        return (None if any(re.search(rule, str(error)) for rule in expected) else str(error)), False
+    difference = _difference(found, case.outputs)
+    if reason is None:
+        return difference, True
+    return (f"passes, but is excluded: {reason}" if difference is None or refusal is not None else None), True
+
+
+def _imported(case: Case, constants: Sequence[str]) -> dict[str, torch.Tensor]:
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    for index, node in enumerate(model.graph.node):
+        node.name = f"node{index}"
+    types = _types(model)
+    model.graph.initializer.extend(numpy_helper.from_array(case.inputs[name], name) for name in constants)
+    nodes = tuple(Node(p.name, p.op_type, tuple(p.input), tuple(p.output), p.domain) for p in model.graph.node)
+    fed = tuple(name for name in case.inputs if name not in constants)
+    graph = Graph(nodes, fed, tuple(output.name for output in model.graph.output), frozenset(constants))
+    source = SourceModel(Path("case"), "", model, graph, ())
+    entering, leaving = boundary(graph, nodes)
+    module = import_block(source, types, Block("b", nodes, entering, leaving, (), is_residual=False))
+    with torch.no_grad():
+        return module({name: torch.from_numpy(np.array(case.inputs[name])) for name in (*entering, *module.weights)})
+
+
+def _types(model: onnx.ModelProto) -> ValueTypes:
+    graph = shape_inference.infer_shapes(model).graph if len(model.graph.node) > 1 else model.graph
+    dtypes, shapes = {}, {}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        tensor = value.type.tensor_type
+        dtypes[value.name] = tensor.elem_type
+        sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+        if sizes and None not in sizes:
+            shapes[value.name] = tuple(sizes[1:])
+    return ValueTypes(dtypes, shapes, frozenset())
+
+
+def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, np.ndarray]) -> str | None:
+    for name, array in expected.items():
+        tensor = found[name].numpy()
+        if tensor.dtype != array.dtype or tensor.shape != array.shape:
+            return f"{name} is {tensor.dtype}{tensor.shape}, not {array.dtype}{array.shape}"
+        atol = HALF if array.dtype == np.float16 else ATOL
+        if not np.allclose(tensor.astype(np.float64), array.astype(np.float64), RTOL, atol, equal_nan=True):
+            return f"{name} differs by {np.nanmax(np.abs(tensor.astype(np.float64) - array.astype(np.float64)))}"
+    return None
+
+
+def _array(value: object) -> np.ndarray:
+    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else np.asarray(value)
