@@ -1,5 +1,6 @@
 """Every converter against ONNX Runtime: several shapes, attributes and opset versions."""
 
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,7 @@ def test_slice(cuts: list[tuple[int, int, int]]) -> None:
         ("Identity", 21, {}),
     ],
 )
-def test_operators_of_onnx2torch_at_newer_versions(kind: str, opset: int, attributes: dict[str, Any]) -> None:
-    """Schemas that only admit more types than the newest one that onnx2torch registers are the same operator."""
+def test_operators_at_newer_versions(kind: str, opset: int, attributes: dict[str, Any]) -> None:
     check(kind, normal(2, 3, 4, 5), opset=opset, **attributes)
 
 
@@ -177,12 +177,12 @@ def test_what_cannot_be_imported_is_known_beforehand() -> None:
         return can_import(source, infer_types(source, {"x": (3,)}), node)
 
     assert reason("Relu") is None
-    assert "not implemented" in (reason("Det2") or "")
+    assert reason("Bernoulli") == "Converter is not implemented"
 
 
 def test_an_unknown_operator_names_its_node() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"node 'node'.*NonMaxSuppression2"):
-        imported(node_model("NonMaxSuppression2", {"x": normal(2, 3)}, {}, 17), {"x": normal(2, 3)})
+    with pytest.raises(UnsupportedModelError, match=r"node 'node'.*Bernoulli"):
+        imported(node_model("Bernoulli", {"x": normal(2, 3)}, {}, 17), {"x": normal(2, 3)})
 
 
 def test_types_that_torch_does_not_compute_with_are_refused() -> None:
@@ -218,6 +218,26 @@ def test_shape_arithmetic_of_a_dynamic_batch() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     np.testing.assert_array_equal(imported(model, {"x": x})["y"].numpy(), executed(model, {"x": x})["y"])
+
+
+@pytest.mark.parametrize("opset", [10, 16])
+def test_roi_align_is_left_to_onnx2torch(opset: int) -> None:
+    boxes = np.array([[0, 0, 4, 4], [1.2, 2.5, 7.7, 6.1], [-1, -1, 3, 9]], np.float32)
+    constants = {"boxes": boxes, "batch": np.array([0, 1, 1])}
+    check("RoiAlign", normal(2, 3, 8, 8), constants, opset, mode="avg", output_height=3, output_width=4, spatial_scale=0.9)
+
+
+def test_onnx2torch_is_imported_for_no_other_model() -> None:
+    code = (
+        "import sys; from tests.parity import imported, node_model, normal\n"
+        "imported(node_model('Relu', {'x': normal(2, 3)}, {}, 17), {'x': normal(2, 3)})\n"
+        "try:\n    imported(node_model('Bernoulli', {'x': normal(2, 3)}, {}, 17), {'x': normal(2, 3)})\nexcept Exception as e: print(e)\n"
+        "print('LOADED', [m for m in ('onnx2torch', 'torchvision') if m in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert "Bernoulli" in out
+    assert "LOADED []" in out
 
 
 def test_a_torchvision_that_does_not_match_torch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

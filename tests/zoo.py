@@ -58,6 +58,10 @@ class Builder:
         w = self.weight(f"{name}_w", (out, inp), inp)
         return self.op("Gemm", x, w, self.constant(f"{name}_b", np.zeros(out, np.float32)), name=name, transB=1)
 
+    def foreign(self, x: str) -> str:
+        """An operator that only ONNX Runtime executes; it gives back what it is fed, unless that is NaN."""
+        return self.op("Imputer", x, domain="ai.onnx.ml", imputed_value_floats=[0.0], replaced_value_float=float("nan"))
+
     def head(self, x: str, channels: int, classes: int = 10) -> str:
         return self.linear(self.op("Flatten", self.op("GlobalAveragePool", x)), channels, classes)
 

@@ -93,7 +93,7 @@ def find_islands(source: SourceModel, types: ValueTypes) -> dict[str, str]:
         reason = _foreign(source.graph, types, node)
         refusal = can_import(source, types, node) if reason is None else None
         if refusal is not None:
-            unknown = refusal.startswith("Converter is not implemented")
+            unknown = refusal == "Converter is not implemented"
             reason = f"{node.op_type} has no torch converter" if unknown else f"{node.op_type} has no torch converter for this: {refusal}"
         if reason is not None:
             found[node.name] = reason

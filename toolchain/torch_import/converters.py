@@ -1,4 +1,4 @@
-"""All converters of this room by operator; what is not here is asked of onnx2torch."""
+"""All converters of this room by operator."""
 
 from collections.abc import Mapping
 
