@@ -22,7 +22,7 @@ from toolchain.errors import UnsupportedModelError
 from toolchain.graph import Graph, Node, boundary
 from toolchain.partition import Block
 from toolchain.source import SourceModel, ValueTypes
-from toolchain.torch_import import import_block
+from toolchain.torch_import import TorchBlock, import_block
 from toolchain.torch_import.converters import CONVERTERS
 
 # The cases hold float32 results of short sums; some were rounded to six digits.
@@ -47,8 +47,22 @@ RULES = (
 )
 """Refusals that need no entry above."""
 
+READS = {
+    "Compress": "the size of the result follows from the condition",
+    "NonZero": "the size of the result follows from the input",
+    "ConstantOfShape": "its only input is a shape: on the CPU where it is computed from shapes, fed here",
+    "Range": "its inputs are numbers: on the CPU where they are computed from shapes, fed here",
+}
+"""Operators that must read values while they run, and why."""
+
+CONSTANT_RESULTS = {"Constant", "ConstantOfShape", "EyeLike", "Range", "NonZero", "OneHot", "ArgMax", "ArgMin", "Shape", "Size", "Hardmax"}
+"""Operators whose results have no gradient; nor have those of integers and truth values."""
+
 WITHOUT_CASES = {"GlobalLpPool", "SimplifiedLayerNormalization"}
 """Operators with a converter for which there is no case."""
+
+
+KINDS = {name for domain, name in CONVERTERS if not domain} | {"expanded"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +104,7 @@ def cases() -> Mapping[str, tuple[Case, ...]]:
     return {kind: tuple(members) for kind, members in grouped.items()}
 
 
-@pytest.mark.parametrize("kind", sorted({name for domain, name in CONVERTERS if not domain} | {"expanded"}))
+@pytest.mark.parametrize("kind", sorted(KINDS))
 def test_official_cases(kind: str) -> None:
     if kind in WITHOUT_CASES:
         assert kind not in cases()
@@ -108,6 +122,37 @@ def test_official_cases(kind: str) -> None:
     assert computed, f"every case of {kind} was refused"
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS - WITHOUT_CASES - set(READS)))
+def test_no_value_is_read_while_a_block_runs(kind: str) -> None:
+    """With its parameters constant a block runs on a device without memory: what would wait for a device, or mix devices, fails there."""
+    for case in cases()[kind]:
+        try:
+            module = _module(case, list(case.inputs)[1:]).to("meta")
+        except UnsupportedModelError:
+            continue
+        if _exclusion(case) is not None or re.match(r"test_(range|\w+window)", case.name):  # the latter are ranges up to what is fed
+            continue
+        values = {name: torch.from_numpy(np.array(case.inputs[name])).to("meta") for name in (*module.block.inputs, *module.weights)}
+        made = {name: tuple(tensor.shape) for name, tensor in module(values).items()}
+        assert made == {name: array.shape for name, array in case.outputs.items()}, case.name
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS - WITHOUT_CASES - CONSTANT_RESULTS - {"expanded"}))
+def test_gradients_reach_the_first_input(kind: str) -> None:
+    for case in cases()[kind]:
+        first = next(iter(case.inputs))
+        if case.inputs[first].dtype != np.float32 or next(iter(case.outputs.values())).dtype != np.float32 or not case.inputs[first].size:
+            continue
+        try:
+            module = _module(case, list(case.inputs)[1:])
+        except UnsupportedModelError:
+            continue
+        values = {name: torch.from_numpy(np.array(case.inputs[name])) for name in (*module.block.inputs, *module.weights)}
+        x = values[first].requires_grad_()
+        module(values)[next(iter(case.outputs))].sum().backward()
+        assert x.grad is not None, case.name
+
+
 def test_every_exclusion_is_about_a_case() -> None:
     names = [case.name for members in cases().values() for case in members]
     for pattern in EXCLUDED:
@@ -116,7 +161,7 @@ def test_every_exclusion_is_about_a_case() -> None:
 
 def _judge(case: Case, constants: Sequence[str]) -> tuple[str | None, bool]:
     """(what is wrong with the import of a case, or None; whether it was computed)."""
-    refusal, reason = next((entry for pattern, entry in EXCLUDED.items() if re.fullmatch(pattern, case.name)), (None, None))
+    refusal, reason = _exclusion(case) or (None, None)
     try:
         found = _imported(case, constants)
     except UnsupportedModelError as error:
@@ -128,7 +173,17 @@ def _judge(case: Case, constants: Sequence[str]) -> tuple[str | None, bool]:
     return (f"passes, but is excluded: {reason}" if difference is None or refusal is not None else None), True
 
 
+def _exclusion(case: Case) -> tuple[str | None, str] | None:
+    return next((entry for pattern, entry in EXCLUDED.items() if re.fullmatch(pattern, case.name)), None)
+
+
 def _imported(case: Case, constants: Sequence[str]) -> dict[str, torch.Tensor]:
+    module = _module(case, constants)
+    with torch.no_grad():
+        return module({name: torch.from_numpy(np.array(case.inputs[name])) for name in (*module.block.inputs, *module.weights)})
+
+
+def _module(case: Case, constants: Sequence[str]) -> TorchBlock:
     model = onnx.ModelProto()
     model.CopyFrom(case.model)
     for index, node in enumerate(model.graph.node):
@@ -140,9 +195,7 @@ def _imported(case: Case, constants: Sequence[str]) -> dict[str, torch.Tensor]:
     graph = Graph(nodes, fed, tuple(output.name for output in model.graph.output), frozenset(constants))
     source = SourceModel(Path("case"), "", model, graph, ())
     entering, leaving = boundary(graph, nodes)
-    module = import_block(source, types, Block("b", nodes, entering, leaving, (), is_residual=False))
-    with torch.no_grad():
-        return module({name: torch.from_numpy(np.array(case.inputs[name])) for name in (*entering, *module.weights)})
+    return import_block(source, types, Block("b", nodes, entering, leaving, (), is_residual=False))
 
 
 def _types(model: onnx.ModelProto) -> ValueTypes:
