@@ -1,6 +1,6 @@
 """One node through ONNX Runtime and through the import to torch, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import helper, numpy_helper
+from onnx import helper, numpy_helper, shape_inference
 
 from toolchain.graph import Graph, Node, boundary
 from toolchain.partition import Block
-from toolchain.source import InputSpec, SourceModel, infer_types
+from toolchain.source import SourceModel, ValueTypes
 from toolchain.torch_import import TorchBlock, import_block
 
 ATOL = 2e-5  # float32 sums of at most a few hundred products of unit normals
@@ -43,16 +43,27 @@ def node_model(
     return helper.make_model(graph, opset_imports=imports, ir_version=10)
 
 
-def module(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> tuple[TorchBlock, dict[str, torch.Tensor]]:
+def module(model: onnx.ModelProto, inputs: Iterable[str]) -> tuple[TorchBlock, dict[str, torch.Tensor]]:
     """A model imported to torch as one block, exactly as it is (cleaning it up would fold away what is tested), and its weights."""
     nodes = tuple(Node(p.name, p.op_type, tuple(p.input), tuple(p.output), p.domain) for p in model.graph.node)
     constants = frozenset(t.name for t in model.graph.initializer)
     graph = Graph(nodes, tuple(inputs), tuple(o.name for o in model.graph.output), constants)
-    source = SourceModel(Path("test"), "", model, graph, tuple(InputSpec(n, a.dtype, a.shape) for n, a in inputs.items()))
+    source = SourceModel(Path("test"), "", model, graph, ())
     entering, leaving = boundary(graph, nodes)
-    types = infer_types(source, {name: array.shape[1:] for name, array in inputs.items()})
-    made = import_block(source, types, Block("b", nodes, entering, leaving, (), is_residual=False))
+    made = import_block(source, _types(model), Block("b", nodes, entering, leaving, (), is_residual=False))
     return made, {name: torch.tensor(source.constants[name]) for name in made.weights}
+
+
+def _types(model: onnx.ModelProto) -> ValueTypes:
+    graph = shape_inference.infer_shapes(model).graph
+    dtypes, shapes = {}, {}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        tensor = value.type.tensor_type
+        dtypes[value.name] = tensor.elem_type
+        sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+        if sizes and None not in sizes:
+            shapes[value.name] = tuple(sizes[1:])
+    return ValueTypes(dtypes, shapes, frozenset())
 
 
 def imported(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:

@@ -10,20 +10,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper, shape_inference
+from onnx import numpy_helper
 
 from toolchain.errors import UnsupportedModelError
-from toolchain.graph import Graph, Node, boundary
-from toolchain.partition import Block
-from toolchain.source import SourceModel, ValueTypes
-from toolchain.torch_import import TorchBlock, import_block
+from toolchain.torch_import import TorchBlock
 from toolchain.torch_import.converters import CONVERTERS
+
+from .parity import module
 
 # The cases hold float32 results of short sums; some were rounded to six digits.
 RTOL, ATOL = 1e-3, 1e-5
@@ -127,13 +125,13 @@ def test_no_value_is_read_while_a_block_runs(kind: str) -> None:
     """With its parameters constant a block runs on a device without memory: what would wait for a device, or mix devices, fails there."""
     for case in cases()[kind]:
         try:
-            module = _module(case, list(case.inputs)[1:]).to("meta")
+            block = _module(case, list(case.inputs)[1:]).to("meta")
         except UnsupportedModelError:
             continue
         if _exclusion(case) is not None or re.match(r"test_(range|\w+window)", case.name):  # the latter are ranges up to what is fed
             continue
-        values = {name: torch.from_numpy(np.array(case.inputs[name])).to("meta") for name in (*module.block.inputs, *module.weights)}
-        made = {name: tuple(tensor.shape) for name, tensor in module(values).items()}
+        values = {name: torch.from_numpy(np.array(case.inputs[name])).to("meta") for name in (*block.block.inputs, *block.weights)}
+        made = {name: tuple(tensor.shape) for name, tensor in block(values).items()}
         assert made == {name: array.shape for name, array in case.outputs.items()}, case.name
 
 
@@ -144,12 +142,12 @@ def test_gradients_reach_the_first_input(kind: str) -> None:
         if case.inputs[first].dtype != np.float32 or next(iter(case.outputs.values())).dtype != np.float32 or not case.inputs[first].size:
             continue
         try:
-            module = _module(case, list(case.inputs)[1:])
+            block = _module(case, list(case.inputs)[1:])
         except UnsupportedModelError:
             continue
-        values = {name: torch.from_numpy(np.array(case.inputs[name])) for name in (*module.block.inputs, *module.weights)}
+        values = {name: torch.from_numpy(np.array(case.inputs[name])) for name in (*block.block.inputs, *block.weights)}
         x = values[first].requires_grad_()
-        module(values)[next(iter(case.outputs))].sum().backward()
+        block(values)[next(iter(case.outputs))].sum().backward()
         assert x.grad is not None, case.name
 
 
@@ -178,9 +176,9 @@ def _exclusion(case: Case) -> tuple[str | None, str] | None:
 
 
 def _imported(case: Case, constants: Sequence[str]) -> dict[str, torch.Tensor]:
-    module = _module(case, constants)
+    block = _module(case, constants)
     with torch.no_grad():
-        return module({name: torch.from_numpy(np.array(case.inputs[name])) for name in (*module.block.inputs, *module.weights)})
+        return block({name: torch.from_numpy(np.array(case.inputs[name])) for name in (*block.block.inputs, *block.weights)})
 
 
 def _module(case: Case, constants: Sequence[str]) -> TorchBlock:
@@ -188,26 +186,8 @@ def _module(case: Case, constants: Sequence[str]) -> TorchBlock:
     model.CopyFrom(case.model)
     for index, node in enumerate(model.graph.node):
         node.name = f"node{index}"
-    types = _types(model)
     model.graph.initializer.extend(numpy_helper.from_array(case.inputs[name], name) for name in constants)
-    nodes = tuple(Node(p.name, p.op_type, tuple(p.input), tuple(p.output), p.domain) for p in model.graph.node)
-    fed = tuple(name for name in case.inputs if name not in constants)
-    graph = Graph(nodes, fed, tuple(output.name for output in model.graph.output), frozenset(constants))
-    source = SourceModel(Path("case"), "", model, graph, ())
-    entering, leaving = boundary(graph, nodes)
-    return import_block(source, types, Block("b", nodes, entering, leaving, (), is_residual=False))
-
-
-def _types(model: onnx.ModelProto) -> ValueTypes:
-    graph = shape_inference.infer_shapes(model).graph if len(model.graph.node) > 1 else model.graph
-    dtypes, shapes = {}, {}
-    for value in [*graph.input, *graph.value_info, *graph.output]:
-        tensor = value.type.tensor_type
-        dtypes[value.name] = tensor.elem_type
-        sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
-        if sizes and None not in sizes:
-            shapes[value.name] = tuple(sizes[1:])
-    return ValueTypes(dtypes, shapes, frozenset())
+    return module(model, [name for name in case.inputs if name not in constants])[0]
 
 
 def _difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, np.ndarray]) -> str | None:

@@ -219,7 +219,13 @@ def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) ->
         return False
     return all(
         np.shape(two[name]) == (2 * count, *np.shape(one[name])[1:])
-        and np.allclose(two[name][count:], one[name], rtol=1e-3, atol=1e-3 * np.abs(one[name]).max(initial=0), equal_nan=True)
+        and np.allclose(
+            two[name][count:],
+            one[name],
+            rtol=1e-3,
+            atol=1e-3 * np.abs(np.nan_to_num(one[name], posinf=0, neginf=0)).max(initial=0),
+            equal_nan=True,
+        )
         for name in names
         if np.shape(one[name])[:1] == (count,)
     ) and any(np.shape(one[name])[:1] == (count,) for name in names)
