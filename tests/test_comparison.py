@@ -109,6 +109,7 @@ def row(label: str, losses: list[float], group: str = "oscillation", **more: Any
         "label": label, "group": group, "units": names, "learned_units": names, "unit_losses": [[x + 1, x] for x in losses],
         "blocks": names,
         "block_layers": [[[4, 4]]] * len(losses), "block_opens": [False] * len(losses), "top1": 80.0, "agreement": 90.0, "samples": 1000,
+        "lost": 20, "won": 10,
     }  # fmt: skip
     return facts | more
 

@@ -131,7 +131,7 @@ def _correlated(points: Sequence[tuple[float, float]], x: str, y: str, *, positi
     linear, ranks = pearson(first, second), spearman(first, second)
     facts = {"x": x, "y": y, "points": [list(p) for p in points], "pearson": linear, "spearman": ranks}
     if linear is None or ranks is None:
-        return facts | {"verdict": f"Undecided: {len(points)} schemes that differ too little to correlate {x} and {y}.", "holds": None}
+        return facts | {"verdict": f"The {len(points)} schemes differ too little to correlate {x} and {y}.", "holds": None}
     text = (
         f"Over {len(points)} random unit schemes {x} and {y} correlate with r = {linear[0]:+.2f} "
         f"(95 %: {linear[1]:+.2f} to {linear[2]:+.2f}), rank correlation {ranks[0]:+.2f} ({ranks[1]:+.2f} to {ranks[2]:+.2f})"
@@ -145,32 +145,36 @@ def _correlated(points: Sequence[tuple[float, float]], x: str, y: str, *, positi
 def _data(batches: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     key = "top1" if all(row["top1"] is not None for row in [*batches, *samples]) else "agreement"
     series = {
-        "batch size": [(row["settings"]["batch-size"], row[key], row["sqnr"]) for row in batches],
-        "calibration samples": [(row["calibration_samples"], row[key], row["sqnr"]) for row in samples],
+        "batch size": [(row["settings"]["batch-size"], row) for row in batches],
+        "calibration samples": [(row["calibration_samples"], row) for row in samples],
     }
     texts, holds = [], []
-    for name, points in series.items():
-        (least, first, _), (most, last, _) = points[0], points[-1]
-        n = batches[0]["samples"]
-        noise = _noise(first, last, n)
-        grows = last - first > noise
-        holds.append(True if grows else False if first - last > noise else None)
-        texts.append(f"{name} {least} to {most}: {first:.2f} to {last:.2f} % ({last - first:+.2f} points)")
+    for name, runs in series.items():
+        (least, first), (most, last) = runs[0], runs[-1]
+        gain, noise = last[key] - first[key], _noise(first, last)
+        holds.append(True if gain > noise else False if gain < -noise else None)
+        texts.append(f"{name} {least} to {most}: {first[key]:.2f} to {last[key]:.2f} % ({gain:+.2f} points, within {noise:.2f} is chance)")
     decided = True if all(h is True for h in holds) else False if any(h is False for h in holds) else None
-    unsure = "within the uncertainty of the samples for at least one of them"
-    word = {True: "both improve it", False: "not confirmed here", None: unsure}[decided]
+    word = {True: "both improve it", False: "not confirmed here", None: "undecided for at least one of them"}[decided]
     return {
-        "series": {name: [list(point) for point in points] for name, points in series.items()},
+        "series": {name: [[x, row[key]] for x, row in runs] for name, runs in series.items()},
         "metric": key,
         "verdict": f"{'; '.join(texts)}: {word} (one seed).",
         "holds": decided,
     }
 
 
-def _noise(first: float, last: float, n: int) -> float:
-    """Half the width of the paired interval if the two differed only by what their accuracies do: the least that could be told apart."""
-    moved = max(round(abs(last - first) / 100 * n), 1)
-    low, high = paired_difference(moved, 0, n)
+def _noise(first: Mapping[str, Any], last: Mapping[str, Any]) -> float:
+    """Half the 95 % interval of the difference of two runs, in points.
+
+    Which samples the two judge differently was not kept; they are at most those where either differs from the float model, which makes this
+    the widest that the interval can be. It knows nothing of the spread between seeds.
+    """
+    n = first["samples"]
+    differing = 0
+    for row in (first, last):
+        differing += row["lost"] + row["won"] if row["lost"] is not None else round((100 - row["agreement"]) / 100 * n)
+    low, high = paired_difference(min(differing, n) // 2, min(differing, n) - min(differing, n) // 2, n)
     return (high - low) / 2
 
 
@@ -184,7 +188,7 @@ def _theorem(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if same and a in losses and b in losses:
             pairs.append({"blocks": [a, b], "losses": [losses[a], losses[b]], "rises": losses[b] >= losses[a]})
     if not pairs:
-        return {"pairs": pairs, "verdict": "Undecided: the model has no equivalent neighbours (same layers, no new stage).", "holds": None}
+        return {"pairs": pairs, "verdict": "The model has no equivalent neighbours (same layers, no new stage).", "holds": None}
     count = sum(pair["rises"] for pair in pairs)
     word = (
         "as the theorem says"
