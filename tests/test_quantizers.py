@@ -1,5 +1,7 @@
 """One arithmetic, three executions: NumPy, torch and ONNX Runtime give the same codes bit for bit; and the laws of quantizers."""
 
+from typing import Any
+
 import numpy as np
 import onnx.parser
 import onnxruntime as ort
@@ -9,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from toolchain.fake_quant import LearnedStep, fake_quantize, rounding_logits, soft_round
+from toolchain import fake_quant
+from toolchain.fake_quant import Coins, LearnedStep, fake_quantize, flat, rounding_logits, soft_round
 from toolchain.quant_table import QuantSpec, TensorQuant, activation_spec, dequantize, quantize, weight_spec
 
 SCALES = st.floats(2**-20, 2**10, width=32)
@@ -100,21 +103,66 @@ def reference(x: torch.Tensor, step: torch.Tensor, low: int, high: int, keep: to
     return torch.where(keep > 0, quantized * step, x)
 
 
+class Given(Coins):
+    """Coins that fall as a tensor says, in the order of memory."""
+
+    def __init__(self, keep: torch.Tensor) -> None:
+        self._rest = flat(keep)
+
+    def toss(self, into: torch.Tensor) -> torch.Tensor:
+        into.copy_(self._rest[: len(into)])
+        self._rest = self._rest[len(into) :]
+        return into
+
+
+@pytest.mark.parametrize("tile", [1 << 20, 64])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(("low", "high"), [(0, 15), (-8, 7), (-3, 12)])
-def test_learned_step_has_the_gradients_of_lsq(dropped: bool, low: int, high: int) -> None:
+def test_learned_step_has_the_gradients_of_lsq(dropped: bool, low: int, high: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fake_quant, "_TILE", tile)  # 300 elements: one tile, or five with a short one
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, 3, 5, 5, generator=generator) * 3
+    x = (torch.randn(4, 3, 5, 5, generator=generator) * 3).contiguous(memory_format=torch.channels_last)
     step = torch.tensor(0.3)
     keep = (torch.rand(x.shape, generator=generator) < 0.5).float() if dropped else torch.ones_like(x)
+    keep = keep.contiguous(memory_format=torch.channels_last)
     grad = torch.randn(x.shape, generator=generator)
     results = []
-    for function in (reference, LearnedStep.apply):
+    coins = Given(keep) if dropped else None
+    for is_reference in (True, False):
         leaf, size = x.clone().requires_grad_(), step.clone().requires_grad_()
-        out = function(leaf, size, low, high, keep)
+        out: Any = reference(leaf, size, low, high, keep) if is_reference else LearnedStep.apply(leaf, size, low, high, coins)
+        assert out.stride() == x.stride()
         out.backward(grad)
         results.append((out.detach(), leaf.grad, size.grad))
     (out_a, x_a, s_a), (out_b, x_b, s_b) = results
     torch.testing.assert_close(out_b, out_a, atol=1e-6, rtol=0)
     torch.testing.assert_close(x_b, x_a, atol=1e-6, rtol=0)
     torch.testing.assert_close(s_b, s_a, atol=1e-4, rtol=0)  # a sum of 300 float32 terms
+
+
+@given(st.floats(2**-10, 2**10, width=32), st.sampled_from([(0, 15), (-8, 7), (0, 255), (-32768, 32767)]), st.integers(-3, 3))
+def test_the_gradient_passes_exactly_where_the_code_is_in_range(size: float, ends: tuple[int, int], ulps: int) -> None:
+    """Around both ends: x / step as float32 rounds it decides."""
+    x = np.array([end * np.float32(size) for end in ends], np.float32)
+    for _ in range(abs(ulps)):
+        x = np.nextafter(x, np.float32(np.sign(ulps) * np.inf))
+    x[np.array(ends) == 0] = ulps * np.float32(size) * 1e-9
+    origin = torch.from_numpy(x).requires_grad_()
+    step = torch.tensor(size)
+    LearnedStep.apply(origin, step, *ends, None).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
+    scaled = origin.detach() / step
+    assert origin.grad is not None
+    assert torch.equal(origin.grad, ((scaled >= ends[0]) & (scaled <= ends[1])).float())
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 5, 5), (50, 7)])
+def test_coins_are_fair(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coins, total = Coins(0.25, generator), torch.zeros(shape)
+    for _ in range(200):
+        tossed = coins.toss(torch.empty(shape))
+        assert set(tossed.unique().tolist()) <= {0.0, 1.0}
+        total += tossed
+    assert total.mean().item() / 200 == pytest.approx(0.25, abs=0.01)  # 70,000 coins: four standard errors are 0.0066
+    assert ((total / 200 - 0.25).abs() < 0.2).all()  # every position flips: six standard errors of 200 coins
+    assert (Coins(1.0, generator).toss(torch.empty(shape)) == 1).all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import zoo
-from toolchain import losses, minibatch, reconstruction
+from toolchain import losses, reconstruction
 from toolchain.activations import Passes
 from toolchain.calibration import calibrate_weight
 from toolchain.config import Config, Settings
@@ -102,23 +102,6 @@ def test_beta_schedule() -> None:
     assert all(b is not None for b in betas[20:])
     assert np.allclose(np.diff(np.array(betas[20:], float)), (SETTINGS.beta_end - SETTINGS.beta_start) / 80)
     assert betas[-1] == pytest.approx(SETTINGS.beta_end, abs=0.25)  # the end is reached after the last step
-
-
-@pytest.mark.parametrize("shape", [(64, 3, 5, 5), (50, 7)])
-def test_coins_are_fair_and_laid_out_like_their_tensor(shape: tuple[int, ...]) -> None:
-    x = torch.zeros(shape)
-    if x.dim() == 4:
-        x = x.contiguous(memory_format=torch.channels_last)
-    generator = torch.Generator().manual_seed(0)
-    total = torch.zeros(shape)
-    for _ in range(200):
-        coins = minibatch.coins(x, 0.25, generator)
-        assert coins.stride() == x.stride()
-        assert set(coins.unique().tolist()) <= {0.0, 1.0}
-        total += coins
-    assert total.mean().item() / 200 == pytest.approx(0.25, abs=0.01)  # 70,000 coins: four standard errors are 0.0066
-    assert ((total / 200 - 0.25).abs() < 0.2).all()  # every position flips: six standard errors of 200 coins
-    assert (minibatch.coins(x, 1.0, generator) == 1).all()
 
 
 def test_loss_sums_channels_and_averages_the_rest() -> None:

@@ -231,7 +231,12 @@ def test_stages_come_back_as_they_were(tmp_path: Path) -> None:
     codes = np.arange(-8, 7, dtype=np.int32).reshape(3, 5)
     weight = TensorQuant(spec, np.array([1e-3, np.pi, 7], np.float32), np.zeros(3, np.int32), codes)
     scalar = TensorQuant(activation_spec(8, symmetric=False), np.float32(1 / 3), np.int32(7))
-    tensors = {"w/é": weight, "a": scalar, "b": replace(scalar, tied_to="a")}
+    tensors = {
+        "w/é": weight,
+        "a": scalar,
+        "b": replace(scalar, tied_to="a"),
+        "c": replace(scalar, spec=replace(scalar.spec, span=(0.0, 1.0)), fixed=True),
+    }
     facts = {"loss": 0.1 + 0.2, "nan": float("nan"), "curve": [[0, 1e-300]]}
     run.save("unit-000", Stage(tensors, facts))
     found = RunFolder.resume(run.path, {"format": 1}).load("unit-000")
@@ -240,7 +245,7 @@ def test_stages_come_back_as_they_were(tmp_path: Path) -> None:
     assert str(dict(found.facts)) == str(facts)
     for name, grid in tensors.items():
         again = found.tensors[name]
-        assert (again.spec, again.tied_to) == (grid.spec, grid.tied_to)
+        assert (again.spec, again.tied_to, again.fixed) == (grid.spec, grid.tied_to, grid.fixed)
         assert type(again.scale) is type(grid.scale)
         assert type(again.zero_point) is type(grid.zero_point)
         assert again.scale.tobytes() == grid.scale.tobytes()

@@ -1,4 +1,4 @@
-"""Mini-batches of a unit's cached inputs and targets, and the coins of QDrop."""
+"""Mini-batches of a unit's cached inputs and targets, mixed from both streams as QDrop does."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .activations import Parts, Passes, Value
+from .fake_quant import Coins, Tiles, dense
 from .losses import output_shares
 
 
@@ -39,13 +40,13 @@ class Draw:
         count, wanted = len(list(self._passes)), max(round(self._batch_size / self._passes.size), 1)
         return torch.randperm(count, generator=self.generator, device=self.device)[:wanted].tolist()
 
-    def batch(self, selection: torch.Tensor | int, keep_probability: float) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Inputs, mixed from both streams below probability 1, and targets."""
+    def batch(self, selection: torch.Tensor | int, coins: Coins | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Inputs, mixed from both streams where there are coins, and targets."""
         fed = {name: self._picked(value, selection) for name, value in self._inputs.items()}
-        if keep_probability < 1.0:
+        if coins is not None:
             for name, value in fed.items():
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    fed[name] = _mixed(value, self._picked(self._floats[name], selection), keep_probability, self.generator)
+                    fed[name] = _mixed(value, self._picked(self._floats[name], selection), coins)
         return fed, {name: self._picked(target, selection) for name, target in self._targets.items()}
 
     def _picked(self, value: Value, selection: torch.Tensor | int) -> Any:
@@ -65,17 +66,13 @@ def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return picked.permute(0, 3, 1, 2) if tensor.dim() == 4 else picked
 
 
-def _mixed(quantized: torch.Tensor, floats: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """Each element from the quantized stream with the given probability, else from the float stream (QDrop). Overwrites `quantized`."""
-    return torch.addcmul(floats, quantized.sub_(floats), coins(quantized, probability, generator))
-
-
-def coins(like: torch.Tensor, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """1 with the given probability (to 1/256), else 0, independently for each element; in the layout and dtype of `like`.
-
-    Eight coins from each random 64-bit word: an order of magnitude cheaper on CPUs than a draw for each element.
-    """
-    words = torch.empty((like.numel() + 7) // 8, dtype=torch.int64, device=like.device).random_(-(2**63), None, generator=generator)
-    coins = torch.empty_like(like)
-    coins.copy_(words.view(torch.uint8)[: like.numel()].as_strided(coins.shape, coins.stride()))
-    return coins.lt_(round(probability * 256))
+def _mixed(quantized: torch.Tensor, floats: torch.Tensor, coins: Coins) -> torch.Tensor:
+    """Each element from the quantized stream at heads, else from the float stream (QDrop); may overwrite `quantized`."""
+    quantized = dense(quantized)
+    if floats.stride() != quantized.stride():
+        floats = torch.empty_like(quantized).copy_(floats)
+    tiles = Tiles(quantized)
+    keep = tiles.buffer()
+    for ours, theirs in tiles.of(quantized, floats):
+        torch.lerp(theirs, ours, coins.toss(keep[: len(ours)]), out=ours)
+    return quantized

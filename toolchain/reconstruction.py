@@ -12,9 +12,9 @@ import torch
 
 from .activations import Passes, Piece, Value, laid_out, quantizing, run_piece
 from .config import Settings
-from .fake_quant import GAMMA, ZETA, LearnedStep, rounding_logits, soft_round
+from .fake_quant import GAMMA, ZETA, Coins, LearnedStep, rounding_logits, soft_round
 from .losses import full_loss, loss_of
-from .minibatch import Draw, coins
+from .minibatch import Draw
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .torch_import import TorchBlock
 
@@ -146,7 +146,7 @@ def _learn(
     settings: Settings,
     progress: Progress,
 ) -> tuple[QuantTable, tuple[CurvePoint, ...], float]:
-    device, generator = draw.device, draw.generator
+    device = draw.device
     rounding = _Rounding({name: floats[name] for name in weights}, table, device)
     constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in floats.items()}
     made = [value for node in piece.block.nodes for value in node.outputs]
@@ -158,15 +158,14 @@ def _learn(
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
     moving = [factor for factor in factors.values() if factor.requires_grad]
     step_optimizer = torch.optim.Adam(moving, lr=settings.activation_lr, fused=True) if learns_steps else None
-    mixes = settings.keep_probability < 1.0
+    coins = Coins(settings.keep_probability, draw.generator) if settings.keep_probability < 1.0 else None
 
     def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
         if name not in factors:
             return x
         spec, zero_point = grids[name].spec, int(grids[name].zero_point)
-        keep = coins(x, settings.keep_probability, generator) if mixes else None
         step = calibrated[name] * factors[name]
-        return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, keep)  # pyright: ignore[reportReturnType]
+        return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, coins)  # pyright: ignore[reportReturnType]
 
     every = max(settings.iterations // _CURVE_POINTS, 1)
     curve: list[CurvePoint] = []
@@ -174,7 +173,7 @@ def _learn(
         soft, batches = rounding.soft_weights(), draw.selections()
         loss = torch.zeros((), device=device)
         for selection in batches:
-            fed, targets = draw.batch(selection, settings.keep_probability)
+            fed, targets = draw.batch(selection, coins)
             part = loss_of(piece(fed | constants | soft, quantize), targets, draw.shares) / len(batches)
             if part.requires_grad:
                 part.backward()
