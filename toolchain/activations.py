@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from . import runtime
 from .fake_quant import fake_quantize
 from .graph import last_reads
 from .islands import Island
+from .memory import Room
 from .partition import Block
 from .quant_table import QuantTable
 from .source import SourceModel, ValueTypes
@@ -32,11 +33,15 @@ Value = torch.Tensor | Parts
 
 @dataclass(frozen=True)
 class Passes:
-    """How samples go through a model: `size` of `count` in each forward pass; `stacked` names the values that are arrays of samples."""
+    """How samples go through a model: `size` of `count` in each forward pass; `stacked` names the values that are arrays of samples.
+
+    `room` is where values of all samples are kept.
+    """
 
     count: int
     size: int
     stacked: AbstractSet[str]
+    room: Room = field(default_factory=Room)
 
     def __iter__(self) -> Iterator[slice]:
         return (slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size))
@@ -63,9 +68,7 @@ class Collector:
         start = index * self._passes.size
         end = min(start + self._passes.size, self._passes.count)
         if self._whole is None:
-            memory_format = torch.channels_last if part.dim() == 4 else torch.contiguous_format
-            size = (self._passes.count, *part.shape[1:])
-            self._whole = torch.empty(size, dtype=part.dtype, device=part.device, memory_format=memory_format)
+            self._whole = self._passes.room.empty((self._passes.count, *part.shape[1:]), part.dtype, part.device)
         if part.shape != (end - start, *self._whole.shape[1:]):  # it only looked like an array of samples: its shape follows from data
             self._parts = [*self._whole[:start].split(self._passes.size), part] if start else [part]
             self._whole, self._is_stacked = None, False
@@ -81,7 +84,7 @@ class Collector:
 class TorchModel:
     """The pieces of a model (blocks or units, and the islands between them) in execution order, on one device.
 
-    `size` is the number of samples in a forward pass.
+    `size` is the number of samples in a forward pass, `room` where values of all samples are kept.
     """
 
     source: SourceModel
@@ -89,6 +92,7 @@ class TorchModel:
     device: torch.device
     pieces: tuple[Piece, ...]
     size: int = CHUNK
+    room: Room = field(default_factory=Room)
 
     @classmethod
     def of(cls, source: SourceModel, types: ValueTypes, blocks: Sequence[Block], device: torch.device, size: int = CHUNK) -> "TorchModel":
@@ -110,7 +114,7 @@ class TorchModel:
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
         axes = {spec.name: spec.axis for spec in self.source.inputs}
         size = 1 if runtime.differing(inputs, axes) else self.size
-        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked)
+        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room)
         values: dict[str, Value] = {}
         for name, array in inputs.items():
             if axes[name] == 0 and array.dtype.kind not in "OSU":

@@ -255,17 +255,21 @@ def _quantize(
     if data.eval_data is not None:
         evaluation = _samples(data.eval_data, source, data, "--eval-data", data.eval_samples)
     rows = pipeline.survey(source, calibration, config)
+    memory = pipeline.expected_memory(source, calibration, rows, config).describe(config.memory) if config.learns else ""
     if mode.dry_run:
         facts = report.finite(report.plan_report(make_plan(source, rows, config)))
         if shown.as_json:
             click.echo(report.as_json(facts), nl=False)
         shown.out.print(terminal.block_table(facts))
+        shown.out.print(f"[dim]{escape(memory)}[/dim]")
         shown.out.print(f"[dim]{escape(facts['plan']['why'])}; dry run, nothing was written[/dim]")
         return
     environment = report.environment(str(device))
     machine = f"{environment['gpu'] or environment['processor']}, {torch.get_num_threads()} threads"
     fingerprint = run_folder.fingerprint(source, calibration, config, environment)
     run = _open_run(run_path, output, fingerprint, machine, mode, shown.log)
+    if memory:
+        shown.log.print(escape(memory))
     with terminal.progress_on(shown.log) as progress:
         quantized = pipeline.quantize(source, calibration, config, progress, run)
     metadata = {

@@ -114,6 +114,9 @@ class Config:
     batch_size: int = option(32, "Samples per iteration.", "method", low=1)
     seed: int = option(0, "Seed of every random choice.", "method", low=0)
     device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
+    memory_budget: str | None = option(
+        None, "Host memory to stay within, as 8GB: cached activations beyond it go to files in the run folder (CPU only).", "method"
+    )
     calibration_samples: int = option(1024, "Most calibration samples to use.", "data", low=1)
     weight_range: str = option("mse", "Calibration of weight ranges.", "calibration", choices=RANGES)
     activation_range: str = option("mse", "Calibration of activation ranges.", "calibration", choices=RANGES)
@@ -169,6 +172,7 @@ class Config:
             raise UsageError("--units manual needs at least one --merge, such as --merge b02+b03 (see `inspect` for the block names)")
         if self.merge and self.units != "manual":
             raise UsageError("--merge only goes with --units manual")
+        _ = self.memory  # refuse bad spellings early
         refused = refusal(self.scheme, self.precision)
         if refused is not None:
             raise UsageError(refused)
@@ -199,6 +203,16 @@ class Config:
     @property
     def learns(self) -> bool:
         return self.algorithm in ("adaround", "brecq", "qdrop")
+
+    @property
+    def memory(self) -> int | None:
+        """The memory budget in bytes."""
+        if self.memory_budget is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", self.memory_budget.strip())
+        if match is None:
+            raise UsageError(f"--memory-budget {self.memory_budget}: expected a size such as 8GB, 1.5GiB or 800MB")
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " "))
 
     @property
     def unit_iterations(self) -> int:

@@ -18,6 +18,7 @@ from .errors import UsageError, near_misses
 from .fit import GridFit, activation_fits, weight_fits
 from .import_check import check_import
 from .islands import IslandRow, find_islands, island_rows
+from .memory import Demand, Room, demand
 from .partition import Block, Rules
 from .placement import Placement, match_nodes, own_precisions, place, without
 from .plan import BlockRow, Plan, block_rows, make_plan, measured
@@ -86,6 +87,8 @@ def quantize(
     rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
     own = own_precisions(source.graph, config.own_bits)
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands, own)
+    room = Room(_demand(source, types, [row.block for row in rows], placement, samples, config).room_in(config.memory), run and run.path)
+    model = replace(model, room=room)
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)
     saved = run.load(_CALIBRATED) if run is not None else None
@@ -100,7 +103,7 @@ def quantize(
         run.save(_CALIBRATED, Stage(table.tensors, {"losses": [(row.loss, row.energy) for row in rows]}))
     plan = make_plan(source, rows, config)
     laps.end("plan")
-    units = TorchModel.of(source, types, plan.units, device, _pass_size(types, plan.units, config))
+    units = replace(TorchModel.of(source, types, plan.units, device, _pass_size(types, plan.units, config)), room=room)
     if config.learns:
         table, results = reconstruct(units, placement, table, samples, config, progress, run)
     else:
@@ -122,6 +125,29 @@ def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[Block
     if config.merge:
         make_plan(source, rows, config)
     return rows
+
+
+def expected_memory(source: SourceModel, samples: Samples, rows: Sequence[BlockRow], config: Config) -> Demand:
+    """What a run will take at its peak, from the shapes of the model's values.
+
+    Raises:
+        UsageError: more than the memory budget, or a budget where none can be kept.
+    """
+    if config.memory is not None and pick_device(config.device).type != "cpu":
+        raise UsageError("--memory-budget: bounds the memory of the CPU only; leave it out, or give --device cpu")
+    types = infer_types(source, samples.shapes, samples.inputs)
+    samples = samples.first(config.calibration_samples)
+    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
+    found = _demand(source, types, [row.block for row in rows], placement, samples, config)
+    found.room_in(config.memory)
+    return found
+
+
+def _demand(
+    source: SourceModel, types: ValueTypes, blocks: Sequence[Block], placement: Placement, samples: Samples, config: Config
+) -> Demand:
+    size = types.batch or _pass_size(types, blocks, config)
+    return demand(source, types, blocks, placement.activations.keys(), samples.count, config.batch_size, size)
 
 
 def cut_blocks(source: SourceModel, types: ValueTypes, islands: Mapping[str, str], config: Config) -> tuple[Block, ...]:

@@ -112,7 +112,7 @@ def reconstruct_unit(
         return full_loss(outputs, targets, passes), outputs
 
     before = finish(table)
-    loss_before, outputs_before = outcome(before)
+    loss_before, _ = outcome(before)  # its outputs are not kept while learning
     weights = learned_weights(piece, table, done)
     fixed = {name: table[name].dequantized() if name in done and name in table else floats[name] for name in piece.weights}
     draw = Draw(inputs, float_inputs, targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
@@ -120,6 +120,9 @@ def reconstruct_unit(
     after = finish(learned)
     loss_after, outputs_after = outcome(after)
     better = loss_after < loss_before
+    if not better:
+        del outputs_after
+        _, outputs_after = outcome(before)
     best = after if better else before
     flipped = sum(np.count_nonzero(after[name].codes != before[name].codes) for name in weights)
     result = UnitResult(
@@ -134,7 +137,7 @@ def reconstruct_unit(
         curve=curve,
         changes={name: grid for name, grid in best.tensors.items() if name not in table or grid is not table[name]},
     )
-    return result, outputs_after if better else outputs_before
+    return result, outputs_after
 
 
 def _learn(

@@ -20,6 +20,7 @@ import numpy as np
 from .config import Config, flag
 from .encodings import spec_of
 from .errors import StorageError, UsageError
+from .memory import SUFFIX
 from .quant_table import TensorQuant
 from .samples import Samples
 from .source import SourceModel
@@ -28,7 +29,7 @@ _FORMAT = 2
 _MANIFEST = "run.json"
 _PART = ".part"
 # Where the work is done and how much of the machine it may take leave the result as it is.
-_WITHOUT_EFFECT = frozenset({"device"})
+_WITHOUT_EFFECT = frozenset({"device", "memory_budget"})
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class RunFolder:
         """Delete the files of the run, the manifest last, and the folder where nothing else is in it."""
         if not self.path.is_dir():
             return
-        for file in [*self.path.glob("*.npz"), *self.path.glob(f"*{_PART}"), self.path / _MANIFEST]:
+        for file in [*self.path.glob("*.npz"), *self.path.glob(f"*{SUFFIX}"), *self.path.glob(f"*{_PART}"), self.path / _MANIFEST]:
             file.unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
