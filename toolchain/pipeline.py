@@ -79,15 +79,15 @@ def quantize(
     """
     laps = _Laps()
     device = pick_device(config.device)
+    rows = survey(source, samples, config)
+    room = Room(expected_memory(source, samples, rows, config).room_in(config.memory), run and run.path)
     samples = samples.chosen(config.calibration_samples, config.seed)
     types = infer_types(source, samples.shapes, samples.inputs)
     samples = samples.whole(types.batch)
-    survey(source, samples, config)
     model, islands, import_error = imported(source, types, samples, config, device)
     rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
     own = own_precisions(source.graph, config.own_bits)
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands, own)
-    room = Room(_demand(source, types, [row.block for row in rows], placement, samples, config).room_in(config.memory), run and run.path)
     model = replace(model, room=room)
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)
@@ -136,18 +136,12 @@ def expected_memory(source: SourceModel, samples: Samples, rows: Sequence[BlockR
     if config.memory is not None and pick_device(config.device).type != "cpu":
         raise UsageError("--memory-budget: bounds the memory of the CPU only; leave it out, or give --device cpu")
     types = infer_types(source, samples.shapes, samples.inputs)
-    samples = samples.first(config.calibration_samples)
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
-    found = _demand(source, types, [row.block for row in rows], placement, samples, config)
+    blocks = [row.block for row in rows]
+    size, count = types.batch or _pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
+    found = demand(source, types, blocks, placement.activations.keys(), count, config.batch_size, size)
     found.room_in(config.memory)
     return found
-
-
-def _demand(
-    source: SourceModel, types: ValueTypes, blocks: Sequence[Block], placement: Placement, samples: Samples, config: Config
-) -> Demand:
-    size = types.batch or _pass_size(types, blocks, config)
-    return demand(source, types, blocks, placement.activations.keys(), samples.count, config.batch_size, size)
 
 
 def cut_blocks(source: SourceModel, types: ValueTypes, islands: Mapping[str, str], config: Config) -> tuple[Block, ...]:
