@@ -244,7 +244,8 @@ def _quantize(
     from .validation import validate
     from .wording import duration
 
-    keep_freed_memory()
+    if config.memory is None:  # what is kept is in pieces that the next block may not fit: faster, but not within a budget
+        keep_freed_memory()
     device = pipeline.pick_device(config.device)
     if config.device == "cuda":
         runtime.pick_provider("cuda")

@@ -115,7 +115,7 @@ class Config:
     seed: int = option(0, "Seed of every random choice.", "method", low=0)
     device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
     memory_budget: str | None = option(
-        None, "Host memory to stay within, as 8GB: cached activations beyond it go to files in the run folder (CPU only).", "method"
+        None, "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder (CPU only).", "method"
     )
     calibration_samples: int = option(1024, "Most calibration samples to use.", "data", low=1)
     weight_range: str = option("mse", "Calibration of weight ranges.", "calibration", choices=RANGES)

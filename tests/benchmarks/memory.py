@@ -49,7 +49,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--budget")
     args = parser.parse_args()
-    keep_freed_memory()
+    if args.budget is None:  # as the command line does
+        keep_freed_memory()
     config = Config(
         device="cpu",
         iterations=args.iterations,
