@@ -178,7 +178,7 @@ def test_damaged_stages_are_done_again(damage: str, place: Path, expected: bytes
     else:
         run_with_other_seed = place / "other"
         run_with_other_seed.mkdir()
-        other = RunFolder.create(run_with_other_seed / "x.run", {"format": 1, "seed": 7}, "here")
+        other = RunFolder.create(run_with_other_seed / "x.run", {"format": run_folder._FORMAT, "seed": 7}, "here")
         other.save("unit-001", Stage({}, {}))
         content = bytearray((other.path / "unit-001.npz").read_bytes())
     path.write_bytes(content)
@@ -226,7 +226,7 @@ def test_a_folder_of_something_else_is_left_alone(place: Path) -> None:
 
 
 def test_stages_come_back_as_they_were(tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "x.run", {"format": 1}, "here")
+    run = RunFolder.create(tmp_path / "x.run", {"format": run_folder._FORMAT}, "here")
     spec = weight_spec(4, 0, symmetric=True)
     codes = np.arange(-8, 7, dtype=np.int32).reshape(3, 5)
     weight = TensorQuant(spec, np.array([1e-3, np.pi, 7], np.float32), np.zeros(3, np.int32), codes)
@@ -239,7 +239,7 @@ def test_stages_come_back_as_they_were(tmp_path: Path) -> None:
     }
     facts = {"loss": 0.1 + 0.2, "nan": float("nan"), "curve": [[0, 1e-300]]}
     run.save("unit-000", Stage(tensors, facts))
-    found = RunFolder.resume(run.path, {"format": 1}).load("unit-000")
+    found = RunFolder.resume(run.path, {"format": run_folder._FORMAT}).load("unit-000")
     assert found is not None
     assert list(found.tensors) == list(tensors)
     assert str(dict(found.facts)) == str(facts)
@@ -255,7 +255,7 @@ def test_stages_come_back_as_they_were(tmp_path: Path) -> None:
     assert restored.dtype == codes.dtype
     assert np.array_equal(restored, codes)
     with pytest.raises(UsageError, match="seed was None, is 1"):
-        RunFolder.resume(run.path, {"format": 1, "seed": 1})
+        RunFolder.resume(run.path, {"format": run_folder._FORMAT, "seed": 1})
     run.remove()
     assert not run.path.exists()
     with pytest.raises(StorageError, match="make room"):

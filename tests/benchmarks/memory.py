@@ -62,7 +62,7 @@ def main() -> None:
     preprocessing = dataclasses.replace(Preprocessing.of(DataConfig()), crop=None)
     samples = load_samples(args.calibration, source.inputs, preprocessing, "--calibration", limit=args.samples)
     expected = pipeline.expected_memory(source, samples, pipeline.survey(source, samples, config), config)
-    run = RunFolder.create(args.out.with_suffix(".run"), {"format": 1}, "benchmark")
+    run = RunFolder.create(args.out.with_suffix(".run"), {"format": None}, "benchmark")
     watch = Watch()
     watch.start()
     start = time.perf_counter()
