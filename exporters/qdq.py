@@ -160,8 +160,7 @@ class _Editor:
         for node in self._graph.node:
             kept = onnx.NodeProto()
             kept.CopyFrom(node)
-            for index, value in enumerate(kept.input):
-                kept.input[index] = renamed.get(value, value)
+            _rename(kept, renamed)
             quantized = [output for output in node.output if output in renamed]
             bounds = self._absorbed(node) if quantized == list(node.output) else None
             if bounds is None:
@@ -251,6 +250,21 @@ class _Editor:
         infos = [info for info in self._graph.value_info if info.name in known]
         del self._graph.value_info[:]
         self._graph.value_info.extend(infos)
+
+
+def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    """Let a node, and what its subgraphs take from around them, read values under their new names."""
+    for index, value in enumerate(node.input):
+        node.input[index] = renamed.get(value, value)
+    for attribute in node.attribute:
+        for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+            own = {value for inner in subgraph.node for value in inner.output}
+            own |= {value.name for value in subgraph.input} | {tensor.name for tensor in subgraph.initializer}
+            outer = {old: new for old, new in renamed.items() if old not in own}
+            for inner in subgraph.node:
+                _rename(inner, outer)
+            for output in subgraph.output:
+                output.name = outer.get(output.name, output.name)
 
 
 def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) -> tuple[int, int]:

@@ -377,7 +377,13 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
         shapes, guessed = pipeline.sample_shapes(source, dict(_shape(entry) for entry in input_shape))
         plan, islands = pipeline.inspect(source, shapes, Config(units=units))
         facts = {
-            "model": {"path": str(model), "sha256": source.sha256, "opset": source.opset, "inputs": [str(spec) for spec in source.inputs]},
+            "model": {
+                "path": str(model),
+                "sha256": source.sha256,
+                "opset": source.opset,
+                "inputs": [str(spec) for spec in source.inputs],
+                "notes": list(source.notes),
+            },
             **report.plan_report(plan),
             "guessed_axes": guessed,
             "shapes": {name: list(shape) for name, shape in shapes.items()},

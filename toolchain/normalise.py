@@ -7,9 +7,10 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import inliner, numpy_helper, version_converter
 
-from . import runtime
+from . import large, runtime
 from .errors import UnsupportedModelError
 
+_EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float")  # of `exporters.qdq`
 MIN_OPSET = 13  # the first with per-channel QuantizeLinear / DequantizeLinear
 
 
@@ -30,7 +31,7 @@ def read(path: Path) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         raise UnsupportedModelError(f"{path}: not an ONNX model (no nodes or no operator set)")
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(str(path) if large.is_large(model) else model)
     except onnx.checker.ValidationError as error:
         try:
             runtime.session(model)  # the checker refuses some files that run: outputs without a shape, say
@@ -66,6 +67,7 @@ def normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     del model.opset_import[:]
     model.opset_import.extend(imports)
     _restore_weight_names(model.graph, original_names)
+    _free_export_names(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
     _open_batch(model.graph)
@@ -115,6 +117,26 @@ def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
 
 
+def _free_export_names(graph: onnx.GraphProto) -> None:
+    """Rename values that have the name which the exporter gives to a scale, or to the codes, of another one (`conv` and `conv_scale`)."""
+    fixed = {value.name for value in (*graph.input, *graph.output)}
+    values = fixed | {tensor.name for tensor in graph.initializer} | {value for node in graph.node for value in node.output}
+    renamed: dict[str, str] = {}
+    for name in sorted(values - fixed):
+        if any(name.endswith(suffix) and name.removesuffix(suffix) in values for suffix in _EXPORT_SUFFIXES):
+            new = f"{name}_"
+            while new in values:
+                new += "_"
+            renamed[name] = new
+            values.add(new)
+    if renamed:
+        rename_values(graph, renamed, outputs=True)
+        for tensor in graph.initializer:
+            tensor.name = renamed.get(tensor.name, tensor.name)
+        for info in graph.value_info:
+            info.name = renamed.get(info.name, info.name)
+
+
 def _name_nodes(graph: onnx.GraphProto) -> None:
     taken: set[str] = set()
     for index, node in enumerate(graph.node):
@@ -143,3 +165,19 @@ def _open_batch(graph: onnx.GraphProto) -> None:
                 name = f"{node.name}_shape"
                 graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]], np.int64), name))
                 node.input[1] = name
+
+
+def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) -> None:
+    """Let nodes read a value under another name, and (outputs) make it under that name too."""
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            node.input[index] = names.get(value, value)
+        if outputs:
+            for index, value in enumerate(node.output):
+                node.output[index] = names.get(value, value)
+        for subgraph in subgraphs(node):
+            own = {value for inner in subgraph.node for value in inner.output} | {value.name for value in subgraph.input}
+            rename_values(subgraph, {old: new for old, new in names.items() if old not in own}, outputs=False)
+            for output in subgraph.output:
+                if output.name not in own:
+                    output.name = names.get(output.name, output.name)

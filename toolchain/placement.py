@@ -45,6 +45,7 @@ DATA_MOVEMENT = frozenset(
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 _ON_REQUEST = "kept float on request"
+_LARGE_TABLE = 4096  # numbers; smaller ones are positions and anchors, not embeddings
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN", "Attention", "EmbedLayerNormalization"})
 
 
@@ -365,6 +366,9 @@ def _float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: M
     graph = source.graph
     weight = graph.weight(node)
     if weight is None:
+        table = node.inputs[0] if node.op_type == "Gather" and node.inputs[0] in source.constants else None
+        if table is not None and source.constants[table].dtype.kind == "f" and source.constants[table].size >= _LARGE_TABLE:
+            return f"its table of {source.constants[table].size:,} numbers is looked up, not multiplied"
         if node.op_type in _RECURRENT:
             return "no integer form of this operator is supported"
         return None
@@ -372,8 +376,14 @@ def _float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: M
         return reasons[node.name]
     if source.constants[weight].dtype.name != "float32":
         return f"its weight is {source.constants[weight].dtype.name}, not float32"
+    if source.constants[weight].size == 0:
+        return "its weight is empty"
     if source.constants[weight].ndim < 2:
         return "its weight is a vector"
+    if any(
+        graph.weight(reader) != weight or reader.inputs.count(weight) > 1 or reader.name in reasons for reader in graph.readers_of(weight)
+    ):
+        return "its weight is read by a node that stays float, too"
     if types.dtypes.get(node.inputs[0]) != TensorProto.FLOAT:
         return "the type of its input is not known to be float32"
     return None

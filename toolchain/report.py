@@ -46,7 +46,13 @@ def run_report(
     """All facts of a `quantize` run as JSON-ready data; times in seconds, accuracies in percent, ratios in dB, sizes in bytes."""
     return finite(
         {
-            "model": {"path": str(source.path), "sha256": source.sha256, "opset": source.opset, "output": str(output)},
+            "model": {
+                "path": str(source.path),
+                "sha256": source.sha256,
+                "opset": source.opset,
+                "output": str(output),
+                "notes": list(source.notes),
+            },
             "config": resolved(config, data),
             "conventions": {
                 "target": config.scheme.convention,

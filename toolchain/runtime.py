@@ -15,9 +15,10 @@ import onnx
 import onnx.parser
 import onnxruntime as ort
 
+from . import large
 from .errors import UnsupportedModelError, UsageError
 
-ort.set_default_logger_severity(3)
+ort.set_default_logger_severity(4)  # what fails is raised; ONNX Runtime would print it as well
 Session = ort.InferenceSession
 BATCH = 64  # samples per run when the model leaves its batch axis open
 CPU = "CPUExecutionProvider"
@@ -87,6 +88,9 @@ def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:
         options = ort.SessionOptions()
         options.graph_optimization_level = Optimization.BASIC.value
         options.optimized_model_filepath = str(Path(folder) / "cleaned.onnx")
+        if large.is_large(model):
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "cleaned.weights")
+            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         _open(model, options, CPU)
         return onnx.load(options.optimized_model_filepath)
 
@@ -124,7 +128,7 @@ def batches(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> It
 def batched(feeds: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> dict[str, np.ndarray]:
     """Arrays [N, one sample's shape] as a model wants them: samples along its own sample axis; what has none is fed once, not N times."""
     return {
-        name: array if axes.get(name, 0) == 0 else array[0] if (axis := axes[name]) is None else np.moveaxis(array, 0, axis)
+        name: array if axes.get(name, 0) == 0 else np.asarray(array[0]) if (axis := axes[name]) is None else np.moveaxis(array, 0, axis)
         for name, array in feeds.items()
     }
 
@@ -234,6 +238,9 @@ def _open(
     model: onnx.ModelProto | Path, options: ort.SessionOptions, provider: str, without: frozenset[str] = frozenset()
 ) -> ort.InferenceSession:
     providers = [provider] if provider == CPU else [provider, CPU]
+    if isinstance(model, onnx.ModelProto) and large.is_large(model):
+        with tempfile.TemporaryDirectory() as folder:
+            return _open(large.stored(model, Path(folder)), options, provider)
     try:
         serialized = str(model) if isinstance(model, Path) else model.SerializeToString()
         return ort.InferenceSession(serialized, options, providers=providers, disabled_optimizers=set(without) or None)

@@ -1,6 +1,7 @@
 """Load a float ONNX model, check it, and bring it into the one form that every later stage works on."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,12 +13,14 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from . import runtime
-from .errors import UnsupportedModelError
+from .errors import MrecgError, UnsupportedModelError
 from .graph import Graph, Node, schedule
 from .normalise import normalised, read, subgraphs
+from .widen import widened
 
 QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 Shape = tuple[int | None, ...]
+_MOST_NOISE = 1 << 26  # elements of a sample that is only made up to look at shapes
 _LARGE = 1024  # elements; shape inference needs the values of shapes and axes, never those of weights
 
 
@@ -59,6 +62,7 @@ class SourceModel:
     model: onnx.ModelProto
     graph: Graph
     inputs: tuple[InputSpec, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def constants(self) -> Mapping[str, np.ndarray]:
@@ -108,8 +112,24 @@ def load_source(path: str | Path) -> SourceModel:
         UnsupportedModelError: not an ONNX file, fails the checker, is quantized already, or ONNX Runtime does not load it.
     """
     path = Path(path)
+    try:
+        return _loaded(path)
+    except UnsupportedModelError as error:
+        raise error if str(error).startswith(str(path)) else UnsupportedModelError(f"{path}: {error}") from error.__cause__
+    except MrecgError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UnsupportedModelError(f"{path}: has names that are not UTF-8 ({error.object!r})") from error
+    except MemoryError as error:
+        raise UnsupportedModelError(f"{path}: does not fit into memory") from error
+    except Exception as error:  # a damaged file breaks what is read of it in ways that nobody can list
+        raise UnsupportedModelError(f"{path}: is not a usable ONNX model: {type(error).__name__}: {error}") from error
+
+
+def _loaded(path: Path) -> SourceModel:
     model = read(path)
     quantized = next((n for n in model.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
+    model, notes = widened(model)
     model = normalised(model, path)
     nodes = schedule([_node(proto) for proto in model.graph.node], [output.name for output in model.graph.output])
     if not nodes:
@@ -121,15 +141,23 @@ def load_source(path: str | Path) -> SourceModel:
     model.graph.node.extend(ordered)
     inputs = _input_specs([value for value in model.graph.input if value.name not in constants], path)
     graph = Graph(nodes, tuple(spec.name for spec in inputs), tuple(output.name for output in model.graph.output), constants)
-    if not graph.weighted and quantized is not None:
-        raise UnsupportedModelError(
-            f"{path}: is quantized already (node {quantized.name!r}, {quantized.op_type}); give the float model it was made from"
-        )
+    if not inputs:
+        raise UnsupportedModelError(f"{path}: has no inputs; there is nothing to calibrate it on")
     if not graph.weighted:
-        raise UnsupportedModelError(
-            f"{path}: no Conv, ConvTranspose, Gemm or MatMul node has constant weights; there is nothing to quantize"
+        raise UnsupportedModelError(f"{path}: {_why_weightless(model, quantized)}")
+    return SourceModel(path, hashlib.sha256(path.read_bytes()).hexdigest(), model, graph, inputs, notes)
+
+
+def _why_weightless(model: onnx.ModelProto, quantized: onnx.NodeProto | None) -> str:
+    if quantized is not None:
+        return f"is quantized already (node {quantized.name!r}, {quantized.op_type}); give the float model it was made from"
+    control = next((node for node in model.graph.node if subgraphs(node)), None)
+    missing = "no Conv, ConvTranspose, Gemm or MatMul node has constant weights"
+    if control is not None:
+        return (
+            f"{missing} outside control flow (node {control.name!r}, {control.op_type}), which is left alone; there is nothing to quantize"
         )
-    return SourceModel(path, hashlib.sha256(path.read_bytes()).hexdigest(), model, graph, inputs)
+    return f"{missing}; there is nothing to quantize"
 
 
 def infer_types(
@@ -145,7 +173,9 @@ def infer_types(
         sample_shapes: by input name.
         examples: samples [N, ...] to run where values must be looked at; without them, random ones.
     """
-    examples = examples if examples is not None else _random(source, sample_shapes)
+    if examples is None:
+        size = sum(math.prod(shape) for shape in sample_shapes.values())
+        examples = _random(source, sample_shapes) if size <= _MOST_NOISE else {}
     batch = None if _takes_any_batch(source, examples) else source.batch
     sizes = (2, 3) if batch is None else (batch, batch)
     known = [_inferred(source, sample_shapes, size) for size in sizes]
@@ -203,8 +233,8 @@ def _random(source: SourceModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[
 
 def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) -> bool:
     """Whether a model with a declared batch size gives each sample the same result in a batch of another size."""
-    if source.batch is None:
-        return True
+    if source.batch is None or not examples:
+        return source.batch is None
     axes = {spec.name: spec.axis for spec in source.inputs}
     if runtime.differing(examples, axes):
         return False
@@ -240,13 +270,16 @@ def _ask_runtime(
 ) -> dict[str, onnx.TypeProto]:
     """Add the element types, and the shapes of a run, of values that inference does not know; return what are no tensors, with types."""
     axes = {spec.name: spec.axis for spec in source.inputs}
-    session = runtime.exposing(opened(source), names)
+    try:
+        session = runtime.exposing(opened(source), names)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{source.path}: {error}") from error
     types = runtime.declared_types(session)
     others = {name: kind for name, kind in types.items() if not kind.HasField("tensor_type")}
     tensors = [name for name in names if name not in others]
     for found in known:
         found.update({name: (types[name].tensor_type.elem_type, None) for name in tensors})
-    if runtime.differing(examples, axes):
+    if not examples or runtime.differing(examples, axes):
         return others
     for size, found in zip(sizes, known, strict=True):
         feeds = {name: array[np.arange(size) % len(array)] for name, array in examples.items()}
@@ -271,7 +304,10 @@ def _inferred(source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]],
     outputs = [onnx.ValueInfoProto(name=output.name) for output in graph.output]
     skeleton = helper.make_graph(list(graph.node), graph.name, fed, outputs, [t for t in graph.initializer if t.name not in kept])
     model = helper.make_model(skeleton, opset_imports=list(source.model.opset_import), ir_version=source.model.ir_version)
-    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+    try:
+        inferred = shape_inference.infer_shapes(model, data_prop=True).graph
+    except shape_inference.InferenceError:  # it stops at what it does not know or believe; ONNX Runtime is asked instead
+        inferred = model.graph
     found: dict[str, tuple[int, Shape | None]] = {}
     for value in [*inferred.input, *inferred.value_info, *inferred.output]:
         tensor = value.type.tensor_type

@@ -34,6 +34,7 @@ def summary(report: dict[str, Any]) -> Group:
     kept = [unit["unit"] for unit in report["units"] if unit["kept"] != "learned"]
     if kept:
         lines.append(("not improved", f"{escape(', '.join(kept))}: reconstruction ended with a larger loss, the calibrated unit was kept"))
+    lines += [("note", escape(note)) for note in report["model"]["notes"]]
     lines += [("float island", escape(line)) for line in island_lines(report["islands"])]
     floats = [f"{row['op_type']} {row['node']}: {row['reason']}" for row in report["float_nodes"]]
     lines += [("stays float", escape(text)) for text in floats[:_MOST_ROWS]]
@@ -103,6 +104,8 @@ def show_inspection(console: Console, facts: dict[str, Any]) -> None:
     for name in facts["guessed_axes"]:
         assumed = tuple(facts["shapes"][name])
         console.print(f"[yellow]input {escape(name)} leaves axes open; assumed {assumed}, --input-shape sets them[/yellow]")
+    for note in facts["model"]["notes"]:
+        console.print(f"[yellow]note:[/yellow] {escape(note)}")
     for line in island_lines(facts["islands"]):
         console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
 
