@@ -203,7 +203,7 @@ SERIAL = TINY.SerializeToString()
 
 
 @given(st.lists(st.tuples(st.integers(0, len(SERIAL) - 1), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_bytes(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     data = bytearray(SERIAL)
     for position, value in changes:
@@ -257,7 +257,7 @@ def mutations(draw: st.DrawFn) -> onnx.ModelProto:
 
 
 @given(mutations())
-@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutated_structure(tmp_path: Path, model: onnx.ModelProto) -> None:
     with contextlib.suppress(MrecgError):
         surveyed(model.SerializeToString(), tmp_path)

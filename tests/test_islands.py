@@ -125,6 +125,20 @@ def test_models_with_islands_are_quantized_and_load(name: str, tmp_path: Path) -
             assert sqnr(simulated[output], outputs[output]) > 25  # codes on ties
 
 
+def test_branches_read_quantized_values_by_their_new_names(tmp_path: Path) -> None:
+    """The Relu that a branch captures is folded into the quantizer behind it, and its name with it."""
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    x = b.conv("x", 3, 8, act="relu")
+    y = b.op("Add", branches(b, x, 8), b.conv(x, 8, 8, act="relu"))
+    source, samples, quantized = learned(b.model(b.head(y, 8)), tmp_path)
+    assert x in quantized.table
+    exported = export_qdq(source.model, quantized.table)
+    assert x not in {value for node in exported.graph.node for value in node.output}
+    simulated = simulate(source, quantized.table, samples, torch.device("cpu"), quantized.islands)
+    for name, array in runtime.run(runtime.session(exported), samples.inputs).items():
+        assert sqnr(simulated[name], array) > 25  # codes on ties
+
+
 def test_report_names_nodes_operators_reasons_and_weights(tmp_path: Path) -> None:
     source, _, quantized = learned(control_flow(), tmp_path)
     rows = island_rows(source, [row.block for row in quantized.plan.rows], quantized.islands)

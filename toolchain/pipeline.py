@@ -86,6 +86,8 @@ def quantize(
     samples = samples.whole(types.batch)
     model, islands, import_error = imported(source, types, samples, config, device)
     rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
+    if config.merge:
+        make_plan(source, rows, config)  # refuses names of blocks that there are none of, before the work begins
     own = own_precisions(source.graph, config.own_bits)
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands, own)
     model = replace(model, room=room)

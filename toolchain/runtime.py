@@ -243,7 +243,9 @@ def _open(
             return _open(large.stored(model, Path(folder)), options, provider)
     try:
         serialized = str(model) if isinstance(model, Path) else model.SerializeToString()
-        return ort.InferenceSession(serialized, options, providers=providers, disabled_optimizers=set(without) or None)
+        # A second try only helps where CUDA failed; on the CPU it would print a banner and fail again.
+        retries = {"enable_fallback": int(provider != CPU)}
+        return ort.InferenceSession(serialized, options, providers=providers, disabled_optimizers=set(without) or None, **retries)
     except Exception as error:  # ONNX Runtime raises a family of C++-born exceptions without a common public base
         raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {_first_line(error)}") from error
 

