@@ -240,12 +240,13 @@ def _open(
     providers = [provider] if provider == CPU else [provider, CPU]
     if isinstance(model, onnx.ModelProto) and large.is_large(model):
         with tempfile.TemporaryDirectory() as folder:
-            return _open(large.stored(model, Path(folder)), options, provider)
+            return _open(large.stored(model, Path(folder)), options, provider, without)
     try:
         serialized = str(model) if isinstance(model, Path) else model.SerializeToString()
         # A second try only helps where CUDA failed; on the CPU it would print a banner and fail again.
-        retries = {"enable_fallback": int(provider != CPU)}
-        return ort.InferenceSession(serialized, options, providers=providers, disabled_optimizers=set(without) or None, **retries)
+        return ort.InferenceSession(
+            serialized, options, providers=providers, disabled_optimizers=set(without) or None, enable_fallback=int(provider != CPU)
+        )
     except Exception as error:  # ONNX Runtime raises a family of C++-born exceptions without a common public base
         raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {_first_line(error)}") from error
 
