@@ -31,7 +31,8 @@ class Reader(CalibrationDataReader):
 
 def made(model: onnx.ModelProto, folder: Path, samples: Samples, **options: Any) -> tuple[SourceModel, QuantTable, onnx.ModelProto]:
     source = zoo.loaded(model, folder)
-    config = Config(**{"algorithm": "minmax", "device": "cpu", "weight_bits": 8, "activation_bits": 8, "reduce_range": False, **options})
+    plain: dict[str, Any] = {"algorithm": "minmax", "device": "cpu", "reduce_range": False, "bias_correction": False}
+    config = Config(**{**plain, "weight_bits": 8, "activation_bits": 8, **options})
     table = quantize(source, samples, config).table
     return source, table, export_qdq(source.model, table, scheme=config.scheme)
 
