@@ -64,7 +64,8 @@ def peer(folder: Path, models: Path, data: Path) -> dict[str, Any]:
         **score["file" if loads else "simulation"],
         "simulation": score["simulation"],
         **{key: run[key] for key in ("cpu_seconds", "iterations", "samples", "seed", "threads", "batch_size", "weight_scheme")},
-        **{key: run[key] for key in ("activation_grid", "placement", "reused", "export_error") if key in run},
+        **{key: run[key] for key in ("activation_grid", "placement", "reused") if key in run},
+        "export_error": run["export_error"] and run["export_error"].strip().splitlines()[-1],
     }
 
 
