@@ -11,12 +11,14 @@ from exporters import export_qdq
 from tests import architectures, zoo
 from toolchain import runtime
 from toolchain.config import Config
+from toolchain.importing import cut_blocks
 from toolchain.islands import find_islands
 from toolchain.partition import MAX_REGION, Block, Rules, partition
-from toolchain.pipeline import cut_blocks, quantize, simulate
+from toolchain.pipeline import quantize
 from toolchain.placement import own_precisions
 from toolchain.report import coverage
 from toolchain.samples import Samples
+from toolchain.simulation import simulate
 from toolchain.source import SourceModel, infer_types
 from toolchain.validation import sqnr
 

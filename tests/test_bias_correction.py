@@ -10,8 +10,10 @@ from tests import zoo
 from toolchain.activations import TorchModel
 from toolchain.bias_correction import SAMPLES, correct_biases
 from toolchain.config import Config
-from toolchain.pipeline import cut_blocks, quantize, simulated_values
+from toolchain.importing import cut_blocks
+from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable
+from toolchain.simulation import simulated_values
 from toolchain.source import SourceModel, infer_types
 
 

@@ -15,9 +15,10 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
 from toolchain.kernels import KernelCheck, check_kernels, check_simulation
-from toolchain.pipeline import quantize, simulated_values
+from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable
 from toolchain.samples import Samples
+from toolchain.simulation import simulated_values
 from toolchain.source import SourceModel
 
 

@@ -15,10 +15,11 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
 from toolchain.errors import ExportError
-from toolchain.pipeline import Quantized, quantize, simulate
+from toolchain.pipeline import Quantized, quantize
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples
 from toolchain.scheme import TARGETS
+from toolchain.simulation import simulate
 from toolchain.source import SourceModel
 
 GOLDEN = Path(__file__).parent / "golden"

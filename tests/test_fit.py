@@ -13,7 +13,9 @@ from tests import zoo
 from toolchain import fit, runtime
 from toolchain.activations import TorchModel
 from toolchain.config import Config
-from toolchain.pipeline import Quantized, cut_blocks, examine, quantize
+from toolchain.examination import examine
+from toolchain.importing import cut_blocks
+from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable
 from toolchain.quant_table import quantize as encode
 from toolchain.sensitivity import sensitivity

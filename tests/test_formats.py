@@ -21,10 +21,13 @@ from toolchain import runtime
 from toolchain.activations import TorchModel
 from toolchain.config import Config
 from toolchain.errors import UsageError
+from toolchain.grids import calibrate, with_biases
+from toolchain.importing import cut_blocks
 from toolchain.kernels import check_kernels, check_simulation
-from toolchain.pipeline import calibrate, cut_blocks, quantize, simulated_values, with_biases
+from toolchain.pipeline import quantize
 from toolchain.placement import place
 from toolchain.scheme import TARGETS
+from toolchain.simulation import simulated_values
 from toolchain.source import SourceModel, infer_types, load_source
 
 TABLE = Path(__file__).parent / "benchmarks" / "results" / "formats.md"

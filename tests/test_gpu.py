@@ -11,7 +11,8 @@ from exporters import export_qdq, write_model
 from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
-from toolchain.pipeline import Quantized, quantize, simulate
+from toolchain.pipeline import Quantized, quantize
+from toolchain.simulation import simulate
 from toolchain.source import load_source
 from toolchain.validation import validate
 

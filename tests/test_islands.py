@@ -14,11 +14,13 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.activations import TorchModel
 from toolchain.config import Config
+from toolchain.importing import cut_blocks
 from toolchain.islands import find_islands, island_rows
-from toolchain.pipeline import Quantized, cut_blocks, quantize, simulate
+from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable
 from toolchain.report import coverage
 from toolchain.samples import Samples
+from toolchain.simulation import simulate
 from toolchain.source import SourceModel, infer_types
 from toolchain.torch_import import block as torch_block
 from toolchain.torch_import.operator import NodeView, Operator

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests import zoo
-from toolchain import pipeline, run_folder
+from toolchain import pipeline, run_folder, units
 from toolchain.cli import main
 from toolchain.errors import StorageError, UsageError
 from toolchain.quant_table import TensorQuant, activation_spec, weight_spec
@@ -58,7 +58,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def interrupt_in_unit(monkeypatch: pytest.MonkeyPatch, number: int, how: BaseException | int = 0) -> None:
     """Let the unit of that number (from 0) be interrupted instead of learned: by an exception, or by a signal to this process."""
-    original, seen = pipeline.reconstruct_unit, []
+    original, seen = units.reconstruct_unit, []
 
     def interrupted(**arguments: Any) -> Any:
         seen.append(1)
@@ -68,7 +68,7 @@ def interrupt_in_unit(monkeypatch: pytest.MonkeyPatch, number: int, how: BaseExc
             os.kill(os.getpid(), how or signal.SIGINT)
         return original(**arguments)
 
-    monkeypatch.setattr(pipeline, "reconstruct_unit", interrupted)
+    monkeypatch.setattr(units, "reconstruct_unit", interrupted)
 
 
 @pytest.mark.parametrize(("how", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
@@ -87,10 +87,10 @@ def test_signals_keep_what_is_finished(
     assert refused.exit_code == 2
     assert "holds an unfinished run (after unit 2 of 4); --resume continues it, --overwrite starts anew" in refused.output
     learned: list[str] = []
-    original = pipeline.reconstruct_unit
+    original = units.reconstruct_unit
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("the calibrated table is in the run folder"))
-        patch.setattr(pipeline, "reconstruct_unit", lambda **given: learned.append(given["piece"].block.name) or original(**given))
+        patch.setattr(units, "reconstruct_unit", lambda **given: learned.append(given["piece"].block.name) or original(**given))
         resumed = run(place, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert "resuming after unit 2 of 4" in resumed.output

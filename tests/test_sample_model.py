@@ -9,8 +9,9 @@ import torch
 
 from exporters import export_qdq, write_model
 from toolchain.config import Config
-from toolchain.pipeline import Quantized, quantize, simulate
+from toolchain.pipeline import Quantized, quantize
 from toolchain.samples import Preprocessing, Samples, load_samples
+from toolchain.simulation import simulate
 from toolchain.source import SourceModel, load_source
 from toolchain.validation import ValidationReport, sqnr, validate
 

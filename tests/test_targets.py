@@ -12,9 +12,10 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
 from toolchain.kernels import check_kernels, check_simulation
-from toolchain.pipeline import Quantized, quantize, simulated_values
+from toolchain.pipeline import Quantized, quantize
 from toolchain.runtime import Optimization
 from toolchain.scheme import TARGETS
+from toolchain.simulation import simulated_values
 from toolchain.source import SourceModel
 
 SAMPLES = zoo.images(16)

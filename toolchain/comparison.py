@@ -16,10 +16,13 @@ import numpy as np
 
 from . import report
 from .config import ALGORITHMS, UNITS, Config, DataConfig, parse_precision, resolved
+from .device import pick_device
 from .errors import UsageError
-from .pipeline import Progress, pick_device, quantize, simulate
+from .pipeline import quantize
+from .progress import Progress
 from .quant_table import QuantTable
 from .samples import Samples
+from .simulation import simulate
 from .source import SourceModel
 from .validation import ValidationReport, validate
 

@@ -234,16 +234,19 @@ def _boundary(row: dict[str, Any]) -> tuple[str, ...]:
 def _curves(units: list[dict[str, Any]]) -> str:
     if not units:
         return ""
-    items = "".join(
-        f"<div class=multiple><h3>{escape(unit['unit'])}</h3><small>loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}, "
-        f"{100 * (1 - unit['undecided']):.1f} % decided</small>{figures.curve(i, unit)}</div>"
+    pictures = [
+        (
+            unit["unit"],
+            f"loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}, {100 * (1 - unit['undecided']):.1f} % decided",
+            figures.curve(i, unit),
+        )
         for i, unit in enumerate(units)
-    )
+    ]
     text = (
         "Over the iterations, each as a share of its largest value; the loss is that of a mini-batch. Decided: weights whose rounding is "
         "all but made."
     )
-    return section("How each unit was learned", text, _keys(_CURVE_KEYS), f"<div class=multiples>{items}</div>")
+    return section("How each unit was learned", text, _multiples(_CURVE_KEYS, pictures))
 
 
 def _sensitivity(found: dict[str, Any]) -> str:
@@ -269,16 +272,19 @@ def _sensitivity(found: dict[str, Any]) -> str:
 def _fits(values: list[dict[str, Any]]) -> str:
     if not values:
         return ""
-    items = "".join(
-        f"<div class=multiple><h3>{escape(value['name'])}</h3><small>{value['kind']}, {value['bits']} bits, {decibel(value['sqnr'])}, "
-        f"{100 * value['clipped']:.2g} % clipped</small>{figures.histogram(i, value)}</div>"
+    pictures = [
+        (
+            value["name"],
+            f"{value['kind']}, {value['bits']} bits, {decibel(value['sqnr'])}, {100 * value['clipped']:.2g} % clipped",
+            figures.histogram(i, value),
+        )
         for i, value in enumerate(values)
-    )
+    ]
     text = (
         "The weights and activations with the most rounding noise of their own, counts on a logarithmic axis. Weights are in steps of "
         "their channel's grid; activations in their own unit, as the float model makes them."
     )
-    return section("Values that their grid fits worst", text, _keys(_FIT_KEYS), f"<div class=multiples>{items}</div>")
+    return section("Values that their grid fits worst", text, _multiples(_FIT_KEYS, pictures))
 
 
 def _float_nodes(report: dict[str, Any]) -> str:
@@ -352,3 +358,9 @@ def _details(title: str, body: str) -> str:
 def _keys(keys: Iterable[tuple[str, str]]) -> str:
     items = [f'<span><i style="background:var({color})"></i>{escape(text)}</span>' for color, text in keys]
     return f"<div class=keys>{''.join(items)}</div>"
+
+
+def _multiples(keys: Iterable[tuple[str, str]], pictures: Iterable[tuple[str, str, str]]) -> str:
+    """Small pictures side by side under one key: a title, what is said of it, and the drawing of each."""
+    items = "".join(f"<div class=multiple><h3>{escape(title)}</h3><small>{text}</small>{drawn}</div>" for title, text, drawn in pictures)
+    return f"{_keys(keys)}<div class=multiples>{items}</div>"

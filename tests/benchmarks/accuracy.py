@@ -21,7 +21,7 @@ from toolchain import comparison, report
 from toolchain.comparison import measured
 from toolchain.config import Config, parse_precision
 from toolchain.cpu import keep_freed_memory
-from toolchain.pipeline import pick_device
+from toolchain.device import pick_device
 from toolchain.quant_table import QuantTable
 from toolchain.samples import Preprocessing, load_samples
 from toolchain.source import load_source

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from toolchain import pipeline, report
+from toolchain import pipeline, report, survey
 from toolchain.config import Config, DataConfig
 from toolchain.cpu import keep_freed_memory
 from toolchain.run_folder import RunFolder
@@ -61,7 +61,7 @@ def main() -> None:
     source = load_source(args.model)
     preprocessing = dataclasses.replace(Preprocessing.of(DataConfig()), crop=None)
     samples = load_samples(args.calibration, source.inputs, preprocessing, "--calibration", limit=args.samples)
-    expected = pipeline.expected_memory(source, samples, pipeline.survey(source, samples, config), config)
+    expected = survey.expected_memory(source, samples, survey.survey(source, samples, config), config)
     run = RunFolder.create(args.out.with_suffix(".run"), {"format": None}, "benchmark")
     watch = Watch()
     watch.start()

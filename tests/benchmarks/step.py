@@ -29,16 +29,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests import zoo
-from toolchain import pipeline, reconstruction, report
+from toolchain import reconstruction, report
 from toolchain.activations import Passes, TorchModel, Value
 from toolchain.config import Config, Settings
 from toolchain.cpu import keep_freed_memory
+from toolchain.grids import calibrate
 from toolchain.losses import loss_of
 from toolchain.minibatch import Draw
 from toolchain.placement import place
 from toolchain.quant_table import QuantTable
 from toolchain.samples import Samples
 from toolchain.source import infer_types, load_source
+from toolchain.survey import survey
 from toolchain.torch_import import TorchBlock
 
 CACHED = 64  # samples that batches are drawn from
@@ -111,11 +113,11 @@ def setting(design: Design, folder: Path, batch: int, iterations: int) -> Settin
     samples = Samples({"x": np.maximum(rng.normal(size=shape), 0).astype(np.float32)})
     config = Config(device="cpu", iterations=iterations, batch_size=batch)
     types = infer_types(source, samples.shapes, samples.inputs)
-    (block,) = (row.block for row in pipeline.survey(source, samples, config))
+    (block,) = (row.block for row in survey(source, samples, config))
     model = TorchModel.of(source, types, [block], torch.device("cpu"))
     (piece,) = model.pieces
     assert isinstance(piece, TorchBlock)
-    table = pipeline.calibrate(model, place(source, types, config.scheme, config.precision, frozenset()), samples.first(16), config)
+    table = calibrate(model, place(source, types, config.scheme, config.precision, frozenset()), samples.first(16), config)
     floats, quantized = model.stream(samples.inputs), model.stream(samples.inputs, table)
     inputs, float_inputs, targets = quantized.of(block.inputs), floats.of(block.inputs), model.run(piece, floats)
     return Setting(model, piece, table, inputs, float_inputs, targets, floats.passes, config.settings(has_depthwise=True))

@@ -1,0 +1,157 @@
+"""`mrecg-onnx compare` and `study`: many runs on one model and equal data."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..config import Config, DataConfig, flag, parse_precision, split
+from ..errors import UsageError, near_misses
+from .endings import reported
+from .files import samples_at
+from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
+from .shown import Shown
+
+if TYPE_CHECKING:
+    from ..quant_table import QuantTable
+    from ..samples import Samples
+    from ..source import SourceModel
+
+
+@click.command("compare", cls=SectionedCommand, epilog=EXIT_CODES)
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="RESULTS.json", help="Results; a page of the same name is drawn beside.")
+@click.option("--methods", default="mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop", show_default=True, help="What to compare.")
+@click.option("--precisions", default="w4a4", show_default=True, help="At which bit widths.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, whose spread is shown.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts instead of the table.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@config_options(Config, DataConfig)
+def compare(
+    model: Path, output: Path, methods: str, precisions: str, seeds: str, as_json: bool, verbose: bool, quiet: bool, **options: Any
+) -> None:
+    """Run several methods on MODEL with the same data, batch and iterations, and measure each exported file under ONNX Runtime.
+
+    \b
+    A method is an algorithm (every block alone), or mrecg+ALGORITHM (units by loss), or mrecg:UNITS+ALGORITHM.
+    Rows that RESULTS.json has already for the same model, data and settings are not run again.
+
+    \b
+    mrecg-onnx compare net.onnx --calibration-data calib.npz --eval-data eval.npz \\
+        --methods mse,brecq,mrecg+brecq --precisions w4a4,w2a4 --preset fast -o compare.json
+    """
+    with reported(verbose):
+        from .. import comparison, report, terminal
+        from ..page import comparison_page
+
+        shown = Shown(as_json, verbose, quiet)
+        source, calibration, evaluation, base = _experiment(
+            model, output, options, ("algorithm", "units", "seed", "weight_bits", "activation_bits")
+        )
+        todo = comparison.jobs(_listed(methods), _listed(precisions), _integers("--seeds", seeds), base)
+        with terminal.progress_on(shown.log) as progress:
+            facts = comparison.run_jobs(source, calibration, evaluation, todo, _writer(source), output, progress)
+        lines = comparison.summary(facts["rows"])
+        page = output.with_suffix(".html")
+        report.write_text(page, comparison_page(facts, lines))
+        if as_json:
+            click.echo(report.as_json(facts | {"summary": lines}), nl=False)
+        shown.out.print(terminal.comparison_table(lines))
+        shown.out.print(f"wrote {output} and {page}", markup=False, soft_wrap=True)
+
+
+@click.command("study", cls=SectionedCommand, epilog=EXIT_CODES)
+@click.argument("model", type=PATH)
+@click.option("-o", "--output", type=PATH, required=True, metavar="RESULTS.json", help="Results; a page of the same name is drawn beside.")
+@click.option("--claims", default="oscillation,final-error,accuracy,data,theorem", show_default=True, help="What to study.")
+@click.option("-p", "--precision", metavar="W4A4", help="Shorthand for --weight-bits and --activation-bits.")
+@click.option("--schemes", type=int, default=20, show_default=True, help="Random unit schemes behind `final-error` and `accuracy`.")
+@click.option("--json", "as_json", is_flag=True, help="Print the facts instead of the verdicts.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+@config_options(Config, DataConfig)
+def study(
+    model: Path, output: Path, claims: str, precision: str | None, schemes: int, as_json: bool, verbose: bool, quiet: bool, **options: Any
+) -> None:
+    """Test the claims behind MRECG on MODEL: each gives a figure, its numbers, and a sentence of verdict, also where it does not hold.
+
+    \b
+    oscillation  the loss along the network with AdaRound, BRECQ and MRECG
+    final-error  the final error against the largest earlier one, over random unit schemes
+    accuracy     the accuracy against the final error, over the same schemes
+    data         the accuracy against batch size and sample count
+    theorem      how often the loss rises between equivalent neighbours
+
+    Runs that RESULTS.json has already are not made again.
+    """
+    with reported(verbose):
+        from .. import comparison, report, terminal
+        from ..capacity import mergeable
+        from ..page import study_page
+        from ..study import CLAIMS, findings, study_jobs
+        from ..survey import survey
+
+        names = _listed(claims)
+        unknown = next((name for name in names if name not in CLAIMS), None)
+        if unknown is not None:
+            raise UsageError(f"--claims {unknown}: must be among {', '.join(CLAIMS)}{near_misses(unknown, CLAIMS)}")
+        if schemes < 4:
+            raise UsageError(f"--schemes {schemes}: a correlation needs at least 4")
+        shown = Shown(as_json, verbose, quiet)
+        options |= parse_precision(precision) if precision else {}
+        source, calibration, evaluation, base = _experiment(model, output, options, ("units", "merge"))
+        rows = survey(source, calibration, dataclasses.replace(base, units="none"))
+        boundaries = sorted(mergeable([row.traits for row in rows], cross_stage=True))
+        count = min(calibration.count, base.calibration_samples)
+        todo = study_jobs(names, base, boundaries, [row.block.name for row in rows], schemes, count)
+        with terminal.progress_on(shown.log) as progress:
+            facts = comparison.run_jobs(source, calibration, evaluation, todo, _writer(source), output, progress)
+        facts |= {"findings": report.finite(findings(names, facts["rows"]))}
+        page = output.with_suffix(".html")
+        report.write_text(page, study_page(facts))
+        if as_json:
+            click.echo(report.as_json(facts), nl=False)
+        shown.out.print(terminal.study_findings(facts["findings"]))
+        shown.out.print(f"wrote {output} and {page}", markup=False, soft_wrap=True)
+
+
+def _experiment(
+    model: Path, output: Path, options: dict[str, Any], varied: tuple[str, ...]
+) -> "tuple[SourceModel, Samples, Samples, Config]":
+    """Model, data and common settings of several runs; what the runs vary cannot be given."""
+    from ..cpu import keep_freed_memory
+    from ..source import load_source
+
+    found = given(options)
+    taken = next((name for name in varied if name in found), None)
+    if taken is not None:
+        raise UsageError(f"{flag(taken)}: is what the runs differ in; see --help")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: the folder {output.parent} does not exist")
+    config, data = split(found)
+    if data.calibration_data is None or data.eval_data is None:
+        raise UsageError("--calibration-data and --eval-data are both needed: methods are compared on samples that none of them has seen")
+    keep_freed_memory()
+    source = load_source(model)
+    calibration = samples_at(data.calibration_data, source, data, "--calibration-data", None)
+    return source, calibration, samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples), config
+
+
+def _writer(source: "SourceModel") -> "Callable[[QuantTable, Config, Path], None]":
+    from exporters import export_qdq, write_model
+
+    return lambda table, config, path: write_model(export_qdq(source.model, table, scheme=config.scheme), path)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in _listed(text)]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}: expected integers separated by commas") from None

@@ -1,0 +1,55 @@
+"""What the arguments name: samples to read, files to write; refused before any work where they will not do."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import DataConfig
+from ..errors import ExportError, MrecgError, UsageError
+
+if TYPE_CHECKING:
+    import onnx
+
+    from ..samples import Samples
+    from ..source import SourceModel
+
+
+def samples_at(place: str, source: "SourceModel", data: DataConfig, option: str, limit: int | None) -> "Samples":
+    """The samples that an option names, checked against the inputs and classes of the model; `limit` is the most that are used."""
+    from ..samples import Preprocessing, load_samples
+    from ..survey import check_classes
+
+    labels = Path(data.labels) if data.labels is not None and option == "--eval-data" else None
+    samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit)
+    check_classes(source, samples, f"{option} {place}")
+    return samples if limit is None or option == "--calibration-data" else samples.first(limit)
+
+
+def check_output(model: Path | None, output: Path, overwrite: bool, option: str = "--output") -> None:
+    """Refuse, before any work, what could not be written after it."""
+    if model is not None and output.exists() and output.resolve() == model.resolve():
+        raise UsageError(f"{option} {output}: is the source model; choose another name")
+    if output.exists() and not overwrite:
+        raise UsageError(f"{output}: exists; give --overwrite or another {option}")
+    if not output.parent.is_dir():
+        raise UsageError(f"{option} {output}: the folder {output.parent} does not exist")
+    if not os.access(output.parent, os.W_OK):
+        raise UsageError(f"{option} {output}: the folder {output.parent} is not writable")
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write what `--save-config` names."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--save-config {path}: cannot be written: {error.strerror}") from error
+
+
+def check_loads(exported: "onnx.ModelProto") -> None:
+    """Refuse a file that ONNX Runtime does not load, before it is written."""
+    from .. import runtime
+
+    try:
+        runtime.session(exported)
+    except MrecgError as error:
+        raise ExportError(f"the exported model does not load: {error}") from error

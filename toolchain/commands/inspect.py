@@ -1,0 +1,94 @@
+"""`mrecg-onnx inspect`: what is in a model, without data."""
+
+import dataclasses
+import io
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from ..config import Config
+from ..errors import UsageError
+from .endings import reported
+from .options import EXIT_CODES, PATH
+
+_FILE_COLUMNS = 120  # of a table that is written to a file
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("model", type=PATH)
+@click.option(
+    "--input-shape", multiple=True, metavar="NAME:3x224x224", help="Shape of one sample of an input whose axes are open. Repeatable."
+)
+@click.option(
+    "--units", metavar="modcap|transitions", default="modcap", show_default=True, help="Selector for the proposed units (data-free)."
+)
+@click.option(
+    "--format",
+    "format_",
+    metavar="table|json|html|svg",
+    default="table",
+    show_default=True,
+    help="A table, the facts, a page, or the picture of the blocks alone.",
+)
+@click.option("-o", "--output", type=PATH, help="Write to this file instead of standard output.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str, output: Path | None, verbose: bool) -> None:
+    """Show the blocks of MODEL, their capacities, the units proposed, and what stays float. Needs no data.
+
+    \b
+    mrecg-onnx inspect net.onnx
+    mrecg-onnx inspect net.onnx --format html -o net.html
+    """
+    with reported(verbose):
+        formats = ("table", "json", "html", "svg")
+        for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, formats)):
+            if value not in known:
+                raise UsageError(f"{name} {value}: must be one of {', '.join(known)}")
+        from .. import report, survey, terminal
+        from ..source import load_source
+
+        source = load_source(model)
+        shapes, guessed = survey.sample_shapes(source, dict(_shape(entry) for entry in input_shape))
+        plan, islands = survey.inspect(source, shapes, Config(units=units))
+        facts = {
+            "model": {
+                "path": str(model),
+                "sha256": source.sha256,
+                "opset": source.opset,
+                "inputs": [str(spec) for spec in source.inputs],
+                "notes": list(source.notes),
+            },
+            **report.plan_report(plan),
+            "guessed_axes": guessed,
+            "shapes": {name: list(shape) for name, shape in shapes.items()},
+            "islands": [dataclasses.asdict(row) for row in islands],
+        }
+        if format_ == "table":
+            if output is None:
+                terminal.show_inspection(Console(highlight=False), facts)
+                return
+            console = Console(file=io.StringIO(), width=_FILE_COLUMNS, highlight=False, record=True)
+            terminal.show_inspection(console, facts)
+            report.write_text(output, console.export_text())
+            return
+        from ..block_picture import block_picture
+
+        if format_ == "html":
+            from ..page import inspect_page
+
+            text = inspect_page(report.finite(facts))
+        else:
+            text = report.as_json(facts) if format_ == "json" else block_picture(facts, standalone=True) + "\n"
+        if output is None:
+            click.echo(text, nl=False)
+        else:
+            report.write_text(output, text)
+
+
+def _shape(entry: str) -> tuple[str, tuple[int, ...]]:
+    name, _, dims = entry.rpartition(":")
+    try:
+        return name, tuple(int(d) for d in dims.split("x"))
+    except ValueError:
+        raise UsageError(f"--input-shape {entry!r}: expected NAME:3x224x224, one sample without the batch axis") from None

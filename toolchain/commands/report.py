@@ -1,0 +1,35 @@
+"""`mrecg-onnx report`: the page of a run, drawn again from its facts."""
+
+from pathlib import Path
+
+import click
+
+from ..errors import UsageError
+from .endings import reported
+from .options import EXIT_CODES, PATH
+
+
+@click.command("report", epilog=EXIT_CODES)
+@click.argument("report_file", metavar="REPORT.json", type=PATH)
+@click.option("--overlay", type=PATH, metavar="OTHER.json", help="Report of another run of the same model, whose losses are drawn too.")
+@click.option("-o", "--output", type=PATH, help="The page. Default: report.html beside REPORT.json.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+def report_command(report_file: Path, overlay: Path | None, output: Path | None, verbose: bool) -> None:
+    """Draw the page of a `quantize` run again from its REPORT.json, alone or with another run's losses over it.
+
+    \b
+    mrecg-onnx quantize net.onnx --units none -o plain.onnx ...
+    mrecg-onnx quantize net.onnx --units loss -o joined.onnx ...
+    mrecg-onnx report joined.report/report.json --overlay plain.report/report.json
+    """
+    with reported(verbose):
+        from .. import report
+        from ..page import report_page
+
+        facts = report.load_report(report_file)
+        other = report.load_report(overlay) if overlay is not None else None
+        if other is not None and other["model"]["sha256"] != facts["model"]["sha256"]:
+            raise UsageError(f"--overlay {overlay}: is of another model ({other['model']['path']}, not {facts['model']['path']})")
+        place = output or report_file.with_suffix(".html")
+        report.write_text(place, report_page(facts, other))
+        click.echo(f"wrote {place}")

@@ -1,0 +1,47 @@
+"""`mrecg-onnx validate`: a quantized file against the float model that it was made from."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ..config import DataConfig
+from ..errors import UsageError
+from .endings import check_drop, reported
+from .files import samples_at
+from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
+
+
+@click.command("validate", cls=SectionedCommand, epilog=EXIT_CODES)
+@click.argument("float_model", metavar="FP32", type=PATH)
+@click.argument("quantized_model", metavar="QDQ", type=PATH)
+@click.option("--device", metavar="auto|cuda|cpu", default="auto", show_default=True, help="Execution provider.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
+@config_options(DataConfig)
+def validate_command(float_model: Path, quantized_model: Path, device: str, as_json: bool, verbose: bool, **options: Any) -> None:
+    """Compare QDQ, a quantized model, with FP32, the float model it was made from, under ONNX Runtime."""
+    with reported(verbose):
+        if device not in ("auto", "cuda", "cpu"):
+            raise UsageError(f"--device {device}: must be one of auto, cuda, cpu")
+        data = DataConfig(**given(options))
+        if data.eval_data is None:
+            raise UsageError("--eval-data is missing: samples to compare the models on")
+        if not quantized_model.is_file():
+            raise UsageError(f"{quantized_model}: no such file")
+        import onnx
+
+        from .. import report, terminal
+        from ..source import load_source
+        from ..validation import validate
+
+        source = load_source(float_model)
+        samples = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
+        checked = validate(onnx.load(float_model), quantized_model, samples, float_model.stat().st_size, device)
+        facts = report.validation_report(checked)
+        if as_json:
+            click.echo(report.as_json(facts), nl=False)
+        else:
+            Console(highlight=False).print(terminal.validation_table(report.finite(facts) | {"evaluated_on": data.eval_data}))
+        check_drop(checked, data.max_drop)

@@ -1,0 +1,38 @@
+"""A finished table looked at: how each value sits on its grid, and how much each layer hurts."""
+
+import torch
+
+from .activations import CHUNK, TorchModel
+from .config import Config
+from .device import full_float32
+from .fit import GridFit, activation_fits, weight_fits
+from .importing import cut_blocks
+from .pipeline import Quantized
+from .progress import Progress
+from .samples import Samples
+from .sensitivity import SAMPLES, Sensitivity, sensitivity
+from .simulation import few_samples
+from .source import SourceModel, infer_types
+
+
+@full_float32
+def examine(
+    source: SourceModel, quantized: Quantized, samples: Samples, limit: float | None, progress: Progress = lambda *_: None
+) -> tuple[tuple[GridFit, ...], Sensitivity]:
+    """How each value sits on its grid, and how much each layer hurts, over a few samples.
+
+    Args:
+        source: the normalised model.
+        quantized: the finished table, and the islands that it leaves.
+        samples: the first few are used.
+        limit: seconds that the sensitivity may take before it is skipped; 0 skips it, None sets no limit.
+        progress: called as the work proceeds.
+    """
+    few, table = few_samples(source, samples, SAMPLES), quantized.table
+    types = infer_types(source, few.shapes, few.inputs)
+    device = torch.device(quantized.device)
+    model = TorchModel.of(source, types, cut_blocks(source, types, quantized.islands, Config()), device, max(few.count, CHUNK))
+    fits = (*weight_fits(source, table), *activation_fits(model, table, few))
+    if limit == 0:
+        return fits, Sensitivity(0, None, (), 0.0, "--no-sensitivity")
+    return fits, sensitivity(model, table, few, limit, lambda done, total: progress("sensitivity of layers", done, total, float("nan")))

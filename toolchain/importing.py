@@ -1,0 +1,36 @@
+"""The model cut into blocks around its float islands, and the blocks in torch."""
+
+from collections.abc import Mapping
+
+import torch
+
+from . import partition
+from .activations import TorchModel
+from .config import Config
+from .import_check import check_import
+from .islands import find_islands
+from .partition import Block, Rules
+from .samples import Samples
+from .source import SourceModel, ValueTypes
+
+
+def cut_blocks(source: SourceModel, types: ValueTypes, islands: Mapping[str, str], config: Config) -> tuple[Block, ...]:
+    """The blocks of a model around its islands."""
+    rules = Rules(types.batched, types.shared, islands.keys(), config.boundary)
+    return partition.layers(source.graph, rules) if config.algorithm == "adaround" else partition.partition(source.graph, rules)
+
+
+def imported(
+    source: SourceModel, types: ValueTypes, samples: Samples, config: Config, device: torch.device
+) -> tuple[TorchModel, dict[str, str], float]:
+    """The blocks in torch, the islands between them, and the worst difference to ONNX Runtime that is left.
+
+    Nodes that torch computes differently, or not at all when it comes to it, become islands too.
+    """
+    islands = find_islands(source, types)
+    while True:
+        model = TorchModel.of(source, types, cut_blocks(source, types, islands, config), device)
+        error, strays = check_import(model, samples)
+        if not strays:
+            return model, islands, error
+        islands |= strays

@@ -1,0 +1,75 @@
+"""The quantized model run in torch: what the exported file is held against."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from . import runtime
+from .activations import CHUNK, Parts, TorchModel, quantizing, run_piece
+from .config import Config
+from .device import full_float32
+from .importing import cut_blocks
+from .islands import find_islands
+from .quant_table import QuantTable
+from .samples import Samples
+from .source import SourceModel, infer_types
+
+
+@full_float32
+def simulate(
+    source: SourceModel, table: QuantTable, samples: Samples, device: torch.device, islands: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Run the quantized model in torch: the graph outputs under the table by name, as `runtime.run` joins them.
+
+    Args:
+        source: the float model.
+        table: the grids.
+        samples: what to run on.
+        device: where.
+        islands: nodes left to ONNX Runtime, as `Quantized` names them.
+    """
+    types = infer_types(source, samples.shapes, samples.inputs)
+    islands = find_islands(source, types) if islands is None else islands
+    model = TorchModel.of(source, types, cut_blocks(source, types, islands, Config()), device)
+    count = samples.count
+    if types.batch is not None:
+        samples = samples.taken(np.arange(-(-count // types.batch) * types.batch) % count)
+    stream = model.stream(samples.inputs, table)
+    for piece in model.pieces:
+        stream.advance(model.run(piece, stream, table))
+    found: dict[str, np.ndarray] = {}
+    for name, value in stream.of(source.graph.outputs).items():
+        parts = value if isinstance(value, Parts) else [value]
+        joined = runtime.joined([part.cpu().numpy() if isinstance(part, torch.Tensor) else np.asarray(part) for part in parts])
+        found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined
+    return found
+
+
+@full_float32
+def simulated_values(
+    source: SourceModel, table: QuantTable, samples: Samples, islands: Mapping[str, str] | None = None
+) -> dict[str, np.ndarray]:
+    """Every value of the quantized model in torch on the CPU, graph inputs included, by name, in one forward pass over few samples."""
+    types = infer_types(source, samples.shapes, samples.inputs)
+    blocks = cut_blocks(source, types, find_islands(source, types) if islands is None else islands, Config())
+    model = TorchModel.of(source, types, blocks, torch.device("cpu"), max(samples.count, CHUNK))
+    stream = model.stream(samples.inputs, table)
+    fed = {name: stream.passes.part(value, 0) for name, value in stream.of(source.graph.inputs).items()}
+    values = {name: tensor.numpy().copy() for name, tensor in fed.items() if isinstance(tensor, torch.Tensor)}
+
+    def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        found = quantizing(table)(name, tensor)
+        values[name] = found.numpy().copy()
+        return found
+
+    for piece in model.pieces:
+        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece, table), stream.passes, observe))
+    return values
+
+
+def few_samples(source: SourceModel, samples: Samples, count: int) -> Samples:
+    """The first samples that one run takes: `count` of them, or as many as the model's fixed batch, going round where there are fewer."""
+    one_by_one = runtime.differing(samples.inputs, {spec.name: spec.axis for spec in source.inputs})
+    size = source.batch or (1 if one_by_one else min(count, samples.count))
+    return samples.taken(np.arange(size) % samples.count)

@@ -1,0 +1,88 @@
+"""What can be said of a model and its samples before the work begins: its blocks, their plan, the memory, and what is refused."""
+
+from collections.abc import Mapping, Sequence
+
+from .activations import CHUNK
+from .config import Config
+from .device import pick_device
+from .errors import UsageError, near_misses
+from .importing import cut_blocks
+from .islands import IslandRow, find_islands, island_rows
+from .memory import Demand, demand
+from .partition import Block
+from .placement import match_nodes, own_precisions, place
+from .plan import BlockRow, Plan, block_rows, make_plan
+from .samples import Samples, check_labels
+from .source import SourceModel, ValueTypes, infer_types
+
+_ASSUMED_AXIS = 224
+
+
+def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[BlockRow, ...]:
+    """Partition the model, and refuse settings that name what it does not have: everything that can be said before the work begins."""
+    types = infer_types(source, samples.shapes, samples.inputs)
+    match_nodes(source.graph, config.keep_float)
+    own_precisions(source.graph, config.own_bits)
+    rows = block_rows(source, types, cut_blocks(source, types, find_islands(source, types), config), config)
+    if config.merge:
+        make_plan(source, rows, config)
+    return rows
+
+
+def expected_memory(source: SourceModel, samples: Samples, rows: Sequence[BlockRow], config: Config) -> Demand:
+    """What a run will take at its peak, from the shapes of the model's values.
+
+    Raises:
+        UsageError: more than the memory budget, or a budget where none can be kept.
+    """
+    if config.memory is not None and pick_device(config.device).type != "cpu":
+        raise UsageError("--memory-budget: bounds the memory of the CPU only; leave it out, or give --device cpu")
+    types = infer_types(source, samples.shapes, samples.inputs)
+    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
+    blocks = [row.block for row in rows]
+    size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
+    found = demand(source, types, blocks, placement.activations.keys(), count, config.batch_size, size)
+    found.room_in(config.memory)
+    return found
+
+
+def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
+    """Samples in a forward pass: a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
+    crossing = {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
+    return CHUNK if crossing <= types.stacked else min(CHUNK, config.batch_size)
+
+
+def check_classes(source: SourceModel, samples: Samples, where: str) -> None:
+    """Refuse labels that are no classes of the model; a model without a class output takes any.
+
+    Raises:
+        DataError: saying what range the labels have and what the model.
+    """
+    if samples.labels is None:
+        return
+    types = infer_types(source, samples.shapes)
+    classes = next((types.shapes[name][0] for name in source.graph.outputs if len(types.shapes.get(name, ())) == 1), 1)
+    if classes > 1:
+        check_labels(samples.labels, classes, where)
+
+
+def inspect(source: SourceModel, shapes: Mapping[str, tuple[int, ...]], config: Config) -> tuple[Plan, tuple[IslandRow, ...]]:
+    """The data-free plan for inputs of the given sample shapes, and what of the model is left to ONNX Runtime."""
+    types = infer_types(source, shapes)
+    islands = find_islands(source, types)
+    blocks = cut_blocks(source, types, islands, config)
+    return make_plan(source, block_rows(source, types, blocks, config), config), island_rows(source, blocks, islands)
+
+
+def sample_shapes(source: SourceModel, given: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Shapes of one sample of each input where there are no samples; open axes that nobody gave are assumed, and those inputs listed."""
+    names = [spec.name for spec in source.inputs]
+    unknown = next((name for name in given if name not in names), None)
+    if unknown is not None:
+        raise UsageError(f"--input-shape: the model has no input {unknown!r}{near_misses(unknown, names)}")
+    shapes = {
+        spec.name: given.get(spec.name, tuple(axis if isinstance(axis, int) else _ASSUMED_AXIS for axis in spec.sample_shape))
+        for spec in source.inputs
+    }
+    guessed = [s.name for s in source.inputs if s.name not in given and not all(isinstance(axis, int) for axis in s.sample_shape)]
+    return shapes, guessed

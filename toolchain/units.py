@@ -1,0 +1,136 @@
+"""The units of a plan, reconstructed one after another on the two streams of activations."""
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from .activations import Parts, Piece, TorchModel, Value
+from .config import Config
+from .grids import retied, with_biases
+from .partition import Block
+from .placement import Placement
+from .progress import Progress
+from .quant_table import QuantTable
+from .reconstruction import CurvePoint, UnitResult, learned_weights, reconstruct_unit
+from .run_folder import RunFolder, Stage
+from .samples import Samples
+from .source import SourceModel
+from .torch_import import TorchBlock
+
+
+def reconstruct(
+    units: TorchModel,
+    placement: Placement,
+    table: QuantTable,
+    samples: Samples,
+    config: Config,
+    progress: Progress = lambda *_: None,
+    run: RunFolder | None = None,
+) -> tuple[QuantTable, tuple[UnitResult, ...]]:
+    """Reconstruct the units in order: each reads the quantized outputs of those before it and aims at its own float output.
+
+    Units that a run folder holds are not learned again: the streams pass through them as they were left.
+    """
+    source = units.source
+    floats, quantized = units.stream(samples.inputs), units.stream(samples.inputs, table)
+    total, learnt = len(_learning(units.pieces, table)), set[str]()
+    saved = _finished(run, total)
+    results: list[UnitResult] = []
+    for position, piece in enumerate(units.pieces):
+        if len(results) == total:
+            break  # nothing after the last learned weights needs the streams
+        name, done = piece.block.name, len(results)
+        made = units.run(piece, floats)
+        weights = learned_weights(piece, table, learnt)
+        if weights and done < len(saved):
+            progress(f"resuming after {name}", done + 1, len(saved), float("nan"))
+            results.append(saved[done])
+            table = table.updated(saved[done].changes)
+            outputs = units.run(piece, quantized, table)
+        elif weights:
+            assert isinstance(piece, TorchBlock)
+            inputs, float_inputs, targets = quantized.of(piece.block.inputs), floats.of(piece.block.inputs), made
+            if not _alike(inputs, float_inputs):  # shapes that follow from data: aim at what the float unit makes of the same inputs
+                float_inputs, targets = inputs, units.run(piece, quantized)
+            result, outputs = reconstruct_unit(
+                piece=piece,
+                floats=source.constants,
+                inputs=inputs,
+                float_inputs=float_inputs,
+                targets=targets,
+                passes=quantized.passes,
+                device=units.device,
+                table=table,
+                done=learnt,
+                finish=lambda learned, block=piece.block: retied(placement, with_biases(source, placement, block, learned)),
+                settings=config.settings(has_depthwise(source, piece.block)),
+                seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
+                progress=_unit_progress(progress, name, done, total),
+            )
+            table = table.updated(result.changes)
+            results.append(result)
+            if run is not None:
+                run.save(_unit(done), _stage(result))
+        else:
+            table = with_biases(source, placement, piece.block, table)
+            outputs = units.run(piece, quantized, table)
+        learnt.update(weights)
+        floats.advance(made)
+        quantized.advance(outputs)
+    return table, tuple(results)
+
+
+def _learning(pieces: Sequence[Piece], table: QuantTable) -> list[Piece]:
+    """The units that learn a weight which none before them has."""
+    found, done = [], set[str]()
+    for piece in pieces:
+        learned = learned_weights(piece, table, done)
+        done |= set(learned)
+        found += [piece] if learned else []
+    return found
+
+
+def _alike(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool:
+    def shapes(value: Value) -> list[Any]:
+        return [getattr(part, "shape", None) for part in (value if isinstance(value, Parts) else [value])]
+
+    return all(shapes(value) == shapes(second[name]) for name, value in first.items())
+
+
+def has_depthwise(source: SourceModel, block: Block) -> bool:
+    """Whether a block has a convolution with one input channel per group."""
+    weights = [(node, source.graph.weight(node)) for node in block.nodes if node.op_type == "Conv"]
+    groups = {node.name: [a.i for a in source.node_protos[node.name].attribute if a.name == "group"] for node, _ in weights}
+    return any(w is not None and source.constants[w].shape[1] == 1 and max(groups[node.name], default=1) > 1 for node, w in weights)
+
+
+def _unit(number: int) -> str:
+    return f"unit-{number:03d}"
+
+
+def _finished(run: RunFolder | None, total: int) -> list[UnitResult]:
+    """The results that a run folder holds, up to the first unit that is missing."""
+    if run is None:
+        return []
+    run.begin_units(total)
+    stages = itertools.takewhile(lambda stage: stage is not None, (run.load(_unit(number)) for number in range(total)))
+    facts = [(_frozen(stage.facts), stage.tensors) for stage in stages if stage is not None]
+    return [UnitResult(**f | {"curve": tuple(CurvePoint(*p) for p in f["curve"])}, changes=tensors) for f, tensors in facts]
+
+
+def _stage(result: UnitResult) -> Stage:
+    return Stage(result.changes, {f.name: getattr(result, f.name) for f in fields(result) if f.name != "changes"})
+
+
+def _frozen(value: Any) -> Any:
+    """JSON's lists as the tuples they were."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _unit_progress(progress: Progress, name: str, done: int, total: int) -> Callable[[int, int, float], None]:
+    return lambda step, steps, loss: progress(f"reconstructing {name}", done * steps + step, total * steps, loss)
