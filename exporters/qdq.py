@@ -2,7 +2,8 @@
 
 For a value v the names are `v_scale`, `v_zero_point`, `v_quantized` and `v_dequantized`, for the nodes `v_QuantizeLinear`, `v_Clip` and
 `v_DequantizeLinear`. A weight w becomes `w_quantized`, and its DequantizeLinear makes the value `w`, so that the node that reads it is
-untouched.
+untouched. A table that is only looked up is dequantized behind the lookup (`v_codes` is what Gather makes of the codes, v what it made of
+the table), and a weight that only one branch of an If reads is dequantized in that branch.
 
 Fewer than 8 bits travel in 8-bit integers. What keeps them on their grid is a Clip on the integers between QuantizeLinear and
 DequantizeLinear: ONNX Runtime keeps its integer kernels around it, which it does not for a Clip on floats. A Relu or Clip in front of a
@@ -13,7 +14,8 @@ ends of the grid, which is exact for the same reason; there Relu and Clip stay.
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import numpy as np
@@ -44,9 +46,10 @@ def export_qdq(
     Raises:
         ExportError: a grid has no ONNX type, or the opset cannot be raised to the one it needs.
     """
-    storages = _storages(model.graph, table, scheme)
+    tables = _tables(model.graph, table)
+    storages = _storages(model.graph, table, scheme, tables)
     quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))
-    _Editor(quantized.graph, table, scheme, storages).edit()
+    _Editor(quantized.graph, table, scheme, storages, tables).edit()
     onnx.helper.set_model_props(
         quantized,
         {entry.key: entry.value for entry in model.metadata_props}
@@ -100,15 +103,29 @@ def _complaint(model: onnx.ModelProto) -> str | None:
     return None
 
 
-def _storages(graph: onnx.GraphProto, table: QuantTable, scheme: Scheme) -> dict[str, Storage]:
-    """The type of each grid's codes."""
+def _tables(graph: onnx.GraphProto, table: QuantTable) -> frozenset[str]:
+    """The constants of a quantization table that are only looked up."""
+    found = {name for name, grid in table.tensors.items() if grid.codes is not None}
+    for node in _all_nodes(graph.node):
+        found.difference_update(node.input[1:] if _is_lookup(node) else node.input)
+    return frozenset(found.intersection(_reads(graph.node)))
+
+
+def _is_lookup(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Gather" and node.domain in ("", "ai.onnx")
+
+
+def _storages(graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, tables: AbstractSet[str]) -> dict[str, Storage]:
+    """The type of each grid's codes. Gather takes no packed ones."""
     if scheme.storage == "fast":
         return {name: storage_of(grid.spec) for name, grid in table.tensors.items()}
     bytes_ = {name for name, grid in table.tensors.items() if grid.codes is None and grid.spec.bits <= 8}
     beside = {value for node in graph.node if not bytes_.isdisjoint(node.input) for value in node.input}
     has_int2 = scheme.name in _INT2_TARGETS
     return {
-        name: storage_of(grid.spec) if grid.codes is None else packed_storage_of(grid.spec, name in beside or not has_int2)
+        name: storage_of(grid.spec)
+        if grid.codes is None or name in tables
+        else packed_storage_of(grid.spec, name in beside or not has_int2)
         for name, grid in table.tensors.items()
     }
 
@@ -134,15 +151,19 @@ def _at_opset(model: onnx.ModelProto, storage: Storage | None) -> onnx.ModelProt
 class _Editor:
     """Rewrites one graph in place."""
 
-    def __init__(self, graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, storages: Mapping[str, Storage]) -> None:
+    def __init__(
+        self, graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, storages: Mapping[str, Storage], tables: AbstractSet[str]
+    ) -> None:
         self._graph = graph
         self._table = table
         self._scheme = scheme
         self._storages = storages
+        self._tables = tables
         self._outputs = {output.name for output in graph.output}
         self._quantized_outputs = self._outputs if scheme.results == "all" else set()
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._new_constants: list[onnx.TensorProto] = []
+        self._kept_as_codes: set[str] = set()
 
     def edit(self) -> None:
         table = self._table.tensors
@@ -151,15 +172,18 @@ class _Editor:
             table = {name: grid for name, grid in table.items() if grid.spec.bits < BIAS_BITS}
         # A quantized graph output keeps its name behind the pair; the value in front of it gets another.
         renamed = {name: self._dequantized(name) for name, grid in table.items() if grid.codes is None}
+        for name in sorted(self._tables):
+            self._look_up(self._graph, name, self._codes(name, table[name]))
+        branches = any(_subgraphs(node) for node in self._graph.node)
         for name, grid in table.items():
-            if grid.codes is not None:
-                nodes.append(self._constant_pair(name, grid))
+            if grid.codes is not None and name not in self._tables:
+                home, pair = _home(self._graph, name) if branches else self._graph, self._constant_pair(name, grid)
+                nodes.append(pair) if home is self._graph else home.node.insert(0, pair)
         for value in self._graph.input:
             if value.name in renamed:
                 nodes += self._pair(value.name, value.name, table[value.name], (None, None))
         for node in self._graph.node:
-            kept = onnx.NodeProto()
-            kept.CopyFrom(node)
+            kept = _copied(node)
             _rename(kept, renamed)
             quantized = [output for output in node.output if output in renamed]
             bounds = self._absorbed(node) if quantized == list(node.output) else None
@@ -217,12 +241,35 @@ class _Editor:
     def _dequantized(self, name: str) -> str:
         return name if name in self._quantized_outputs else f"{name}_dequantized"
 
-    def _constant_pair(self, name: str, grid: TensorQuant) -> onnx.NodeProto:
+    def _codes(self, name: str, grid: TensorQuant) -> list[str]:
+        """The codes of a constant with their scale and zero point, as constants."""
         assert grid.codes is not None
         storage = self._storages[name]
-        codes = self._constant(f"{name}_quantized", grid.codes.astype(storage.dtype))
-        parameters = self._parameters(name, grid, storage)
-        node = helper.make_node("DequantizeLinear", [codes, *parameters], [name], f"{name}_DequantizeLinear")
+        self._kept_as_codes.add(name)
+        return [self._constant(f"{name}_quantized", grid.codes.astype(storage.dtype)), *self._parameters(name, grid, storage)]
+
+    def _look_up(self, graph: onnx.GraphProto, name: str, codes: list[str]) -> None:
+        """Let the Gather nodes of a graph, and of those inside it, look up codes, and dequantize what they find."""
+        channels = self._table[name].spec.axis is not None
+        nodes: list[onnx.NodeProto] = []
+        for node in graph.node:
+            for subgraph in _subgraphs(node):
+                self._look_up(subgraph, name, codes)
+            nodes.append(node)
+            if _is_lookup(node) and node.input[0] == name:
+                found = node.output[0]
+                node.input[0], node.output[0] = codes[0], f"{found}_codes"
+                behind = [node.output[0], *codes[1:]]
+                nodes.append(helper.make_node("DequantizeLinear", behind, [found], f"{found}_LookupDequantizeLinear"))
+                if channels:
+                    nodes[-1].attribute.append(helper.make_attribute("axis", -1))
+        if len(nodes) > len(graph.node):
+            copies = [_copied(node) for node in nodes]
+            del graph.node[:]
+            graph.node.extend(copies)
+
+    def _constant_pair(self, name: str, grid: TensorQuant) -> onnx.NodeProto:
+        node = helper.make_node("DequantizeLinear", self._codes(name, grid), [name], f"{name}_DequantizeLinear")
         if grid.spec.axis is not None:
             node.attribute.append(helper.make_attribute("axis", grid.spec.axis))
         if grid.spec.block is not None:
@@ -243,7 +290,8 @@ class _Editor:
         """Drop constants that nothing reads any more (float weights, absorbed bounds) and what was declared of vanished values."""
         read = set(_reads(self._graph.node)) | self._outputs
         made = {value for node in self._graph.node for value in node.output}
-        kept = [tensor for tensor in self._graph.initializer if tensor.name in read and tensor.name not in made]
+        gone = made | self._kept_as_codes
+        kept = [tensor for tensor in self._graph.initializer if tensor.name in read and tensor.name not in gone]
         del self._graph.initializer[:]
         self._graph.initializer.extend([*kept, *self._new_constants])
         known = made | {tensor.name for tensor in self._graph.initializer}
@@ -252,19 +300,40 @@ class _Editor:
         self._graph.value_info.extend(infos)
 
 
+def _home(graph: onnx.GraphProto, name: str) -> onnx.GraphProto:
+    """Where a constant is dequantized: in the branch of an If that alone reads it, so that the other branch does not wait for it.
+
+    The body of a Loop would do it again in every round.
+    """
+    readers = [node for node in graph.node if name in _reads([node])]
+    if len(readers) != 1 or readers[0].op_type != "If" or name in (output.name for output in graph.output):
+        return graph
+    branches = [g for g in _subgraphs(readers[0]) if name in _reads(g.node) or name in (output.name for output in g.output)]
+    return _home(branches[0], name) if len(branches) == 1 else graph
+
+
+def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
+
+
+def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
+    copy = onnx.NodeProto()
+    copy.CopyFrom(node)
+    return copy
+
+
 def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
     """Let a node, and what its subgraphs take from around them, read values under their new names."""
     for index, value in enumerate(node.input):
         node.input[index] = renamed.get(value, value)
-    for attribute in node.attribute:
-        for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-            own = {value for inner in subgraph.node for value in inner.output}
-            own |= {value.name for value in subgraph.input} | {tensor.name for tensor in subgraph.initializer}
-            outer = {old: new for old, new in renamed.items() if old not in own}
-            for inner in subgraph.node:
-                _rename(inner, outer)
-            for output in subgraph.output:
-                output.name = outer.get(output.name, output.name)
+    for subgraph in _subgraphs(node):
+        own = {value for inner in subgraph.node for value in inner.output}
+        own |= {value.name for value in subgraph.input} | {tensor.name for tensor in subgraph.initializer}
+        outer = {old: new for old, new in renamed.items() if old not in own}
+        for inner in subgraph.node:
+            _rename(inner, outer)
+        for output in subgraph.output:
+            output.name = outer.get(output.name, output.name)
 
 
 def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) -> tuple[int, int]:
@@ -273,9 +342,14 @@ def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) ->
     return grid.spec.qmin if low is None else low, grid.spec.qmax if high is None else high
 
 
-def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterable[str]:
-    for node in nodes:
+def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    for node in _all_nodes(nodes):
         yield from node.input
-        for attribute in node.attribute:
-            for subgraph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _reads(subgraph.node)
+
+
+def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those in their subgraphs."""
+    for node in nodes:
+        yield node
+        for subgraph in _subgraphs(node):
+            yield from _all_nodes(subgraph.node)

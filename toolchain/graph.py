@@ -88,6 +88,13 @@ class Graph:
         return tuple(node for node in self.nodes if self.weight(node) is not None)
 
 
+def channel_axis(operator: str, rank: int, is_transposed: bool) -> int:
+    """The output-channel axis of a weight in its ONNX layout; `is_transposed` is Gemm's transB."""
+    if operator == "Gemm":
+        return 0 if is_transposed else 1
+    return {"Conv": 0, "ConvTranspose": 1}.get(operator, rank - 1)
+
+
 def schedule(nodes: Sequence[Node], outputs: Iterable[str]) -> tuple[Node, ...]:
     """Order nodes depth first from the outputs, so that each branch is contiguous and nothing is computed long before its use.
 

@@ -59,7 +59,20 @@ def calibrate(
         table[bias.weight] = fit_bias(table[bias.weight], model.source.constants[name], table[bias.input].scale)
     for name in placement.weights:
         table[name] = replace(table[name], codes=encode(model.source.constants[name], table[name]))
-    return QuantTable(table)
+    return QuantTable(table | stored_grids(model.source, placement, weight_range, config.percentile))
+
+
+def stored_grids(source: SourceModel, placement: Placement, method: str, percentile: float) -> dict[str, TensorQuant]:
+    """Grids and codes of the weights that are only stored.
+
+    At 8 bits their range is min-max: a search gains nothing there, and tables are large.
+    """
+    found = {}
+    for name, spec in placement.stored.items():
+        array = source.constants[name]
+        grid = calibrate_weight(array, spec, "minmax" if spec.bits >= 8 else method, percentile)
+        found[name] = replace(grid, codes=encode(array, grid), fixed=True)
+    return found
 
 
 def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], method: str, percentile: float) -> dict[str, TensorQuant]:

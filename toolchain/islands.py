@@ -4,7 +4,7 @@ An island is a piece of the graph between units. It runs like a `TorchBlock` on 
 move activations need not know of it. Gradients never cross the boundary of a unit, so nothing around an island loses by it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -53,22 +53,26 @@ class IslandRow:
 
 @dataclass(frozen=True)
 class Island:
-    """Runs the nodes of a block in ONNX Runtime; called like a `TorchBlock`. Its weights stay float, so that it has none to offer."""
+    """Runs the nodes of a block in ONNX Runtime; called like a `TorchBlock`, with its weights among the values."""
 
     block: Block
     source: SourceModel
     types: ValueTypes
     device: torch.device
-    weights: tuple[str, ...] = ()
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """The constants of its nodes that may be on a grid."""
+        return tuple(dict.fromkeys(name for node in self.block.nodes for name in self.source.weights_of(node)))
 
     def __call__(self, values: Mapping[str, Any], observe: Observer | None = None) -> dict[str, Any]:
         """Compute the block's outputs. What is no tensor for torch (strings, sequences) is handed on as ONNX Runtime made it.
 
         Args:
-            values: the block's inputs by name.
+            values: the block's inputs and weights by name.
             observe: called with the name and tensor of every output that is a tensor; what it returns takes its place.
         """
-        fed = {name: _fed(values[name]) for name in self.block.inputs}
+        fed = {name: _fed(values[name]) for name in (*self.block.inputs, *self.weights)}
         made = runtime.execute(self._session, fed, self.block.outputs)
         outputs = {name: self._taken(name, value) for name, value in made.items()}
         if observe is None:
@@ -77,7 +81,7 @@ class Island:
 
     @cached_property
     def _session(self) -> runtime.Session:
-        return runtime.session(cut(self.source, self.types, self.block), optimization=runtime.Optimization.BASIC)
+        return runtime.session(cut(self.source, self.types, self.block, self.weights), optimization=runtime.Optimization.BASIC)
 
     def _taken(self, name: str, value: Any) -> Any:
         if self.types.dtypes.get(name) not in _TORCH_TYPES:
@@ -113,14 +117,15 @@ def island_rows(source: SourceModel, blocks: Iterable[Block], reasons: Mapping[s
 
 
 def held_weights(source: SourceModel, node: Node) -> int:
-    """How many weights of Conv, Gemm and MatMul nodes are inside the subgraphs of a control-flow node."""
+    """How many weights of Conv, Gemm and MatMul nodes are left inside the subgraphs of a control-flow node."""
     return sum(_inner_weights(graph) for graph in subgraphs(source.node_protos[node.name]))
 
 
-def cut(source: SourceModel, types: ValueTypes, block: Block) -> onnx.ModelProto:
-    """The nodes of a block as a model of their own, with the constants they read."""
-    names = {name for node in block.nodes for name in node.inputs}
-    inputs = []
+def cut(source: SourceModel, types: ValueTypes, block: Block, fed: Sequence[str] = ()) -> onnx.ModelProto:
+    """The nodes of a block as a model of their own, with the constants they read; those that are `fed` are inputs of it."""
+    names = {name for node in block.nodes for name in node.inputs} - set(fed)
+    arrays = {name: source.constants[name] for name in fed}
+    inputs = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in arrays.items()]
     for name in block.inputs:
         if name in types.others:
             inputs.append(helper.make_value_info(name, types.others[name]))
@@ -156,8 +161,8 @@ def _foreign(graph: Graph, types: ValueTypes, node: Node) -> str | None:
 
 
 def _weights_of(source: SourceModel, node: Node) -> int:
-    weight = source.graph.weight(node)
-    return held_weights(source, node) + (source.constants[weight].size if weight is not None else 0)
+    bias = source.graph.bias(node)
+    return held_weights(source, node) + sum(source.constants[name].size for name in source.weights_of(node) if name != bias)
 
 
 def _inner_weights(graph: onnx.GraphProto) -> int:

@@ -10,7 +10,8 @@ from onnx import inliner, numpy_helper, version_converter
 from . import large, runtime
 from .errors import UnsupportedModelError
 
-_EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float")  # of `exporters.qdq`
+# Of `exporters.qdq`.
+_EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes")
 MIN_OPSET = 13  # the first with per-channel QuantizeLinear / DequantizeLinear
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import figures
 from .block_picture import STYLE, block_picture
-from .wording import decibel, duration, faster, island_lines, kind, size, smaller, worst_sqnr
+from .wording import coverage_line, decibel, duration, faster, island_lines, kind, size, smaller, worst_sqnr
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
 _CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
@@ -288,9 +288,7 @@ def _fits(values: list[dict[str, Any]]) -> str:
 
 
 def _float_nodes(report: dict[str, Any]) -> str:
-    cover = report["coverage"]
-    share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
-    text = f"{share:.1f} % of {cover['weights']:,} weights are on integer grids ({cover['layers_quantized']} of {cover['layers']} layers)."
+    text = f"Weights on integer grids: {coverage_line(report['coverage'])}."
     text += "".join(f" Float island, left to ONNX Runtime: {escape(line)}." for line in island_lines(report["islands"]))
     rows = [(row["node"], row["op_type"], row["reason"]) for row in report["float_nodes"]]
     return section("What stayed float", text, table(("node", "operator", "why"), rows) if rows else "<p>Nothing that has weights.</p>")

@@ -19,13 +19,16 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import numpy as np
 from onnx import TensorProto
 
 from .errors import UsageError, near_misses
 from .graph import WEIGHT_INPUT, Graph, Node
+from .graph import channel_axis as graph_axis
 from .quant_table import QuantSpec, activation_spec, weight_spec
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .source import SourceModel, ValueTypes
+from .stored import RECURRENT
 
 DATA_MOVEMENT = frozenset(
     {
@@ -45,13 +48,12 @@ DATA_MOVEMENT = frozenset(
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 _ON_REQUEST = "kept float on request"
-_LARGE_TABLE = 4096  # numbers; smaller ones are positions and anchors, not embeddings
-_RECURRENT = frozenset({"LSTM", "GRU", "RNN", "Attention", "EmbedLayerNormalization"})
+_FUSED = frozenset({"Attention", "EmbedLayerNormalization"})  # of com.microsoft, with weights among their inputs
 
 
 @dataclass(frozen=True)
 class FloatRow:
-    """A weighted node that stays float, and why."""
+    """A node with weights that stays float, and why."""
 
     node: str
     op_type: str
@@ -71,14 +73,16 @@ class Bias:
 class Placement:
     """Where quantizers go.
 
-    `activations` and `weights`: value name -> spec; `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value
-    -> the value with which it has one grid, though each has a quantizer of its own.
+    `activations` and `weights`: value name -> spec; `stored`: the same for weights that are kept as codes but computed with in float;
+    `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value -> the value with which it has one grid, though
+    each has a quantizer of its own.
     """
 
     activations: Mapping[str, QuantSpec]
     tied: Mapping[str, str]
     shared: Mapping[str, str]
     weights: Mapping[str, QuantSpec]
+    stored: Mapping[str, QuantSpec]
     biases: Mapping[str, Bias]
     floats: tuple[FloatRow, ...]
     first: frozenset[str]
@@ -109,8 +113,10 @@ def place(
     bits_of = _BitsOf(precision, own)
     first, last = edges(graph)
     reasons = {name: f"in a float island: {reason}" for name, reason in islands.items()} | dict.fromkeys(keep_float, _ON_REQUEST)
+    stored, unstored = _stored_specs(source, scheme, bits_of, keep_float, islands.keys())
     keep_float = reasons.keys()
     weights, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
+    floats = [*_with_storage(source, floats, stored), *unstored]
     flow = _Flow(source, frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT), keep_float, scheme)
     integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     activations: dict[str, QuantSpec] = {}
@@ -127,7 +133,7 @@ def place(
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
     integer_bias = scheme.integer_bias and precision.activation_bits < FLOAT_BITS
     biases, float_biases = _biases(source, integer, {*activations, *tied}) if integer_bias else ({}, [])
-    return Placement(activations, tied, shared, weights, biases, (*floats, *float_biases), first, last)
+    return Placement(activations, tied, shared, weights, stored, biases, (*floats, *float_biases), first, last)
 
 
 def _weight_specs(
@@ -149,6 +155,49 @@ def _weight_specs(
             spec = _weight_spec(source, node, scheme, bits_of(node).weight(node.name in edge_nodes), bits_of(node).block_size)
             weights[weight] = _tied_weight_spec(weights.get(weight), spec)
     return weights, floats
+
+
+def _stored_specs(
+    source: SourceModel, scheme: Scheme, bits_of: "_BitsOf", keep_float: AbstractSet[str], islands: AbstractSet[str]
+) -> tuple[dict[str, QuantSpec], list[FloatRow]]:
+    """The weights that are only stored: those that are never operands, and those of layers in islands; and what of these stays float."""
+    specs: dict[str, QuantSpec] = {}
+    floats: list[FloatRow] = []
+    layers = {source.graph.weight(node): node for node in source.graph.weighted if node.name in islands and node.name not in keep_float}
+    uses = {name: (weight.nodes, weight.axis) for name, weight in source.stored.items()}
+    for name, node in layers.items():
+        array = source.constants[name] if name is not None else np.empty(0)
+        if name is not None and array.dtype == np.float32 and array.ndim > 1 and source.graph.readers_of(name) == (node,):
+            uses[name] = (node.name,), channel_axis(source, node)
+    for name, (readers, axis) in uses.items():
+        kept = next((node for node in readers if node in keep_float), None)
+        if kept is None and scheme.stores:
+            bits = max(bits_of.named(node).stored for node in readers)
+            specs[name] = weight_spec(bits, axis, scheme.weight_symmetric)
+            continue
+        why = _ON_REQUEST if kept is not None else f"the target {scheme.name} takes codes of operands only"
+        what = f"{name!r}, {source.constants[name].size:,} numbers: {why}"
+        floats.append(FloatRow(kept or readers[0], "/".join(source.stored[name].operators) if name in source.stored else "", what))
+    return specs, floats
+
+
+def _with_storage(source: SourceModel, floats: Sequence[FloatRow], stored: Mapping[str, QuantSpec]) -> list[FloatRow]:
+    """Say of nodes that compute in float that their weights are codes all the same; add control flow, which has no row of its own."""
+    held: dict[str, list[str]] = {}
+    nodes = {node.name: node for node in source.graph.nodes}
+    for name in stored:
+        use = source.stored.get(name)
+        for node in use.nodes if use is not None else [n.name for n in source.graph.readers_of(name)]:
+            if use is None or not use.is_table:
+                held.setdefault(node, []).append(name)
+    rows = [row for row in floats if row.node not in held]
+    reasons = {row.node: row.reason for row in floats}
+    for node, names in held.items():
+        count, bits = sum(source.constants[name].size for name in names), max(stored[name].bits for name in names)
+        kind = nodes[node].op_type
+        reason = reasons.get(node, f"what is inside {kind} runs in float")
+        rows.append(FloatRow(node, kind, f"{reason}; its {count:,} weights are stored as {bits}-bit codes"))
+    return rows
 
 
 def _integer_nodes(flow: "_Flow", weighted: AbstractSet[str]) -> frozenset[str]:
@@ -273,7 +322,10 @@ class _BitsOf:
     own: Mapping[str, Precision]
 
     def __call__(self, node: Node) -> Precision:
-        return self.own.get(node.name, self.general)
+        return self.named(node.name)
+
+    def named(self, node: str) -> Precision:
+        return self.own.get(node, self.general)
 
 
 def own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]]) -> dict[str, Precision]:
@@ -330,16 +382,8 @@ def edges(graph: Graph) -> tuple[frozenset[str], frozenset[str]]:
 
 def channel_axis(source: SourceModel, node: Node) -> int:
     """The output-channel axis of a node's weight in its ONNX layout."""
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1
-    if node.op_type == "Gemm":
-        transposed = any(a.name == "transB" and a.i for a in source.node_protos[node.name].attribute)
-        return 0 if transposed else 1
-    weight = source.graph.weight(node)
-    assert weight is not None
-    return source.constants[weight].ndim - 1
+    transposed = any(a.name == "transB" and a.i for a in source.node_protos[node.name].attribute)
+    return graph_axis(node.op_type, source.constants[node.inputs[WEIGHT_INPUT[node.op_type]]].ndim, transposed)
 
 
 def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, bits: int, block: int | None) -> QuantSpec:
@@ -366,10 +410,7 @@ def _float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: M
     graph = source.graph
     weight = graph.weight(node)
     if weight is None:
-        table = node.inputs[0] if node.op_type == "Gather" and node.inputs[0] in source.constants else None
-        if table is not None and source.constants[table].dtype.kind == "f" and source.constants[table].size >= _LARGE_TABLE:
-            return f"its table of {source.constants[table].size:,} numbers is looked up, not multiplied"
-        if node.op_type in _RECURRENT:
+        if node.op_type in RECURRENT or (node.op_type in _FUSED and not node.is_standard):
             return "no integer form of this operator is supported"
         return None
     if node.name in reasons:

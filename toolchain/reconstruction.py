@@ -62,8 +62,12 @@ class UnitResult:
 
 
 def learned_weights(module: Piece, table: QuantTable, done: AbstractSet[str] = frozenset()) -> list[str]:
-    """The weights of a unit whose rounding is learned: those on a grid that no unit before it has (`done`); biases follow from them."""
-    return [name for name in module.weights if name in table and table[name].spec.bits < BIAS_BITS and name not in done]
+    """The weights of a unit whose rounding is learned: those on a grid that no unit before it has (`done`); biases follow from them.
+
+    Fixed grids are those of weights that are only stored.
+    """
+    grids = {name: table[name] for name in module.weights if name in table and name not in done}
+    return [name for name, grid in grids.items() if grid.spec.bits < BIAS_BITS and not grid.fixed]
 
 
 def reconstruct_unit(
@@ -114,7 +118,8 @@ def reconstruct_unit(
     before = finish(table)
     loss_before, _ = outcome(before)  # its outputs are not kept while learning
     weights = learned_weights(piece, table, done)
-    fixed = {name: table[name].dequantized() if name in done and name in table else floats[name] for name in piece.weights}
+    settled = {name for name in piece.weights if name in table and (name in done or table[name].fixed)}
+    fixed = {name: table[name].dequantized() if name in settled else floats[name] for name in piece.weights}
     draw = Draw(inputs, float_inputs, targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
     learned, curve, undecided = _learn(piece, weights, fixed, draw, table, settings, progress)
     after = finish(learned)

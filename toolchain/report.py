@@ -137,7 +137,7 @@ def oscillations(quantized: Quantized) -> dict[str, float | None]:
 
 
 def coverage(source: SourceModel, table: QuantTable) -> dict[str, Any]:
-    """How much of the weighted layers is on integer grids, by layers and by weights."""
+    """How much of the weighted layers is on integer grids, by layers and by weights, and how much of the weights that are only stored."""
     layers = {node.name: source.graph.weight(node) for node in source.graph.weighted}
     weights = {name for name in layers.values() if name is not None}
     size = sum(source.constants[name].size for name in weights)
@@ -146,6 +146,8 @@ def coverage(source: SourceModel, table: QuantTable) -> dict[str, Any]:
         "layers_quantized": sum(name in table for name in layers.values()),
         "weights": size,
         "weights_quantized": sum(source.constants[name].size for name in weights if name in table),
+        "stored": sum(source.constants[name].size for name in source.stored),
+        "stored_quantized": sum(source.constants[name].size for name in source.stored if name in table),
         "activations_quantized": sum(grid.codes is None and grid.tied_to is None for grid in table.tensors.values()),
     }
 

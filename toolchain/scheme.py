@@ -33,6 +33,7 @@ class Scheme:
             Clip are folded, or on the `float`s in front of it.
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
+        stores: weights that no integer kernel reads (tables, recurrent layers, control flow, islands) are codes in the file all the same.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Scheme:
     saturation: str = "float"
     storage: str = "fast"
     reduce_range: bool = False
+    stores: bool = False
 
     @property
     def convention(self) -> str:
@@ -77,6 +79,7 @@ class Scheme:
     def differences(self, other: "Scheme") -> tuple[str, ...]:
         """What another scheme does differently, as `rule: own -> other`."""
         names = ("weight_symmetric", "activation_symmetric", "shortcut_only", "results", "shared_concat", "integer_bias", "reduce_range")
+        names = (*names, "stores")
         found = [
             f"{name.replace('_', ' ')}: {getattr(self, name)} -> {getattr(other, name)}"
             for name in names
@@ -105,6 +108,7 @@ TARGETS: Mapping[str, Scheme] = {
             integer_bias=True,
             saturation="integer",
             reduce_range=True,
+            stores=True,
         ),
         Scheme(
             "ort-cuda",
@@ -114,6 +118,7 @@ TARGETS: Mapping[str, Scheme] = {
             integer_bias=True,
             saturation="integer",
             storage="small",
+            stores=True,
         ),
         Scheme(
             "tensorrt",
@@ -213,6 +218,11 @@ class Precision:
     def weight(self, edge: bool) -> int:
         bits = max(self.weight_bits, self.first_last_bits or 0) if edge else self.weight_bits
         return 7 if self.reduce_range and bits == self.operand(edge) == 8 else bits
+
+    @property
+    def stored(self) -> int:
+        """Bits of weights that are only stored: those of the first and last layers, which a table in front of the network is."""
+        return max(self.weight_bits, self.first_last_bits or 0)
 
     def operand(self, edge: bool) -> int:
         """Bits of what a weighted operator reads; `FLOAT_BITS` where activations stay float."""

@@ -16,6 +16,7 @@ from . import runtime
 from .errors import MrecgError, UnsupportedModelError
 from .graph import Graph, Node, schedule
 from .normalise import normalised, read, subgraphs
+from .stored import StoredWeight, find_stored, lift_weights
 from .widen import widened
 
 QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
@@ -83,6 +84,24 @@ class SourceModel:
         return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
 
     @cached_property
+    def stored(self) -> Mapping[str, StoredWeight]:
+        """The constants that no weighted node reads and that may be kept as codes: tables, recurrent weights, what control flow holds."""
+        return MappingProxyType(find_stored(self.model, self.graph))
+
+    @cached_property
+    def _stored_of(self) -> Mapping[str, tuple[str, ...]]:
+        found: dict[str, list[str]] = {}
+        for name, weight in self.stored.items():
+            for node in weight.nodes:
+                found.setdefault(node, []).append(name)
+        return {node: tuple(names) for node, names in found.items()}
+
+    def weights_of(self, node: Node) -> tuple[str, ...]:
+        """The constants of a node that may be on a grid: its weight and bias, and those that it, or its body, only has stored."""
+        own = (self.graph.weight(node), self.graph.bias(node))
+        return (*(name for name in own if name is not None), *self._stored_of.get(node.name, ()))
+
+    @cached_property
     def node_protos(self) -> Mapping[str, onnx.NodeProto]:
         return MappingProxyType({node.name: node for node in self.model.graph.node})
 
@@ -131,6 +150,7 @@ def _loaded(path: Path) -> SourceModel:
     quantized = next((n for n in model.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
     model, notes = widened(model)
     model = normalised(model, path)
+    lift_weights(model.graph)
     nodes = schedule([_node(proto) for proto in model.graph.node], [output.name for output in model.graph.output])
     if not nodes:
         raise UnsupportedModelError(f"{path}: the graph computes nothing from its inputs; there is nothing to quantize")
@@ -143,7 +163,7 @@ def _loaded(path: Path) -> SourceModel:
     graph = Graph(nodes, tuple(spec.name for spec in inputs), tuple(output.name for output in model.graph.output), constants)
     if not inputs:
         raise UnsupportedModelError(f"{path}: has no inputs; there is nothing to calibrate it on")
-    if not graph.weighted:
+    if not graph.weighted and not find_stored(model, graph):
         raise UnsupportedModelError(f"{path}: {_why_weightless(model, quantized)}")
     return SourceModel(path, hashlib.sha256(path.read_bytes()).hexdigest(), model, graph, inputs, notes)
 

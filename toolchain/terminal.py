@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from .wording import decibel, duration, faster, headline, island_lines, kind, size, smaller
+from .wording import coverage_line, decibel, duration, faster, headline, island_lines, kind, size, smaller
 
 _SHIP = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
 _MOST_ROWS = 8  # of one kind in the closing summary; the rest is in the report
@@ -46,9 +46,8 @@ def summary(report: dict[str, Any]) -> Group:
 def details(report: dict[str, Any]) -> Group:
     """What `--verbose` adds: the whole validation, how the result came about, and the units."""
     cover, seconds, config = report["coverage"], report["seconds"], report["config"]
-    share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
     facts = [
-        ("weights on integer grids", f"{share:.1f} % of {cover['weights']:,} ({cover['layers_quantized']} of {cover['layers']} layers)"),
+        ("weights on integer grids", coverage_line(cover)),
         ("target", escape(report["conventions"]["target"])),
         ("convention", escape(report["conventions"]["precision"])),
     ]

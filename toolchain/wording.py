@@ -57,6 +57,16 @@ def island_lines(islands: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def coverage_line(cover: dict[str, Any]) -> str:
+    """How much of the weights is on integer grids; `stored` ones are those that are computed with in float."""
+    share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
+    text = f"{share:.1f} % of {cover['weights']:,} ({cover['layers_quantized']} of {cover['layers']} layers)"
+    if not cover.get("stored"):
+        return text
+    share = 100 * cover["stored_quantized"] / cover["stored"]
+    return f"{text}; {share:.1f} % of {cover['stored']:,} in tables, recurrent layers and control flow, which compute in float"
+
+
 def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Accuracy, speed, size and exactness of a run, one line each."""
     v = report["validation"]

@@ -87,9 +87,7 @@ def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchB
     Raises:
         UnsupportedModelError: a node that cannot be converted.
     """
-    weights = tuple(
-        dict.fromkeys(name for node in block.nodes for name in (source.graph.weight(node), source.graph.bias(node)) if name is not None)
-    )
+    weights = tuple(dict.fromkeys(name for node in block.nodes for name in source.weights_of(node)))
     operators: list[Operator] = []
     for node in block.nodes:
         try:
@@ -128,7 +126,7 @@ def can_import(source: SourceModel, types: ValueTypes, node: Node) -> str | None
 
 def _convert(source: SourceModel, types: ValueTypes, node: Node) -> Operator:
     proto = source.node_protos[node.name]
-    own = {source.graph.weight(node), source.graph.bias(node)}
+    own = set(source.weights_of(node))
     small = {
         name: source.constants[name]
         for name in node.inputs
