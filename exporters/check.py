@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+EFFECTS = ("refused", "inexact", "slow")
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _NAMES = TensorProto.DataType.Name
 _INT4 = frozenset({TensorProto.INT4, TensorProto.UINT4})
@@ -20,12 +21,16 @@ _FLOAT8 = frozenset({TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorPro
 
 @dataclass(frozen=True)
 class Violation:
-    """A node that a parser refuses or runs slowly, and the rule. `is_error`: the file does not load there, else it loses speed."""
+    """A node that breaks a rule, and what follows: the file is `refused`, its results are `inexact`, or the node is `slow`."""
 
     node: str
     op_type: str
     rule: str
-    is_error: bool = True
+    effect: str = "refused"
+
+    @property
+    def is_error(self) -> bool:
+        return self.effect == "refused"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,10 @@ class File:
         found = self._by_output.get(value)
         return found if found is not None and not found.quantizes else None
 
+    def pair(self, node: onnx.NodeProto) -> Pair:
+        """The parameters of a QuantizeLinear or DequantizeLinear node."""
+        return self._by_output[node.output[0]]
+
     def is_constant(self, value: str) -> bool:
         return value in self._tensors
 
@@ -105,14 +114,14 @@ Rule = Callable[[File], Iterator[Violation]]
 
 
 def check(model: onnx.ModelProto, target: str) -> tuple[Violation, ...]:
-    """The violations of a target's rules, errors first, in the order of the graph."""
+    """The violations of a target's rules, worst first, in the order of the graph."""
     file = File(model)
     found = [violation for rule in (_sound, *_RULES[target]) for violation in rule(file)]
-    return tuple(sorted(found, key=lambda violation: not violation.is_error))
+    return tuple(sorted(found, key=lambda violation: EFFECTS.index(violation.effect)))
 
 
-def _at(node: onnx.NodeProto, rule: str, is_error: bool = True) -> Violation:
-    return Violation(node.name or node.output[0], node.op_type, rule, is_error)
+def _at(node: onnx.NodeProto, rule: str, effect: str = "refused") -> Violation:
+    return Violation(node.name or node.output[0], node.op_type, rule, effect)
 
 
 def _sound(file: File) -> Iterator[Violation]:
@@ -158,14 +167,14 @@ def _tensorrt(file: File) -> Iterator[Violation]:
             yield _at(node, "its bias is not a float constant")
         made = file.producer.get(node.input[0])
         if made is None or made.op_type != "DequantizeLinear":
-            yield _at(node, "its weight is quantized and its input is not: it runs in float", is_error=False)
+            yield _at(node, "its weight is quantized and its input is not: it runs in float", "slow")
     for pair in file.pairs:
         source = file.producer.get(pair.node.input[0])
         readers = file.readers.get(pair.node.output[0], [])
         if pair.quantizes and source is not None and source.op_type in ("Conv", "ConvTranspose"):
             ends = [reader for dq in readers for reader in file.readers.get(dq.output[0], [])]
             if any(end.op_type in ("Relu", "Clip") for end in ends):
-                yield _at(pair.node, f"it stands between {source.op_type} and its activation, which are then not fused", is_error=False)
+                yield _at(pair.node, f"it stands between {source.op_type} and its activation, which are then not fused", "slow")
 
 
 def _openvino(file: File) -> Iterator[Violation]:
@@ -176,14 +185,46 @@ def _openvino(file: File) -> Iterator[Violation]:
         if not pair.quantizes and pair.kind in (TensorProto.INT2, TensorProto.UINT2, *_FLOAT8):
             yield _at(pair.node, f"DequantizeLinear of {_NAMES(pair.kind)} is not supported")
         if pair.quantizes and pair.kind in (TensorProto.INT16, TensorProto.UINT16):
-            yield _at(pair.node, "16-bit activations run in float", is_error=False)
+            yield _at(pair.node, "16-bit activations run in float", "slow")
         if not pair.is_constant and not pair.per_tensor:
-            yield _at(pair.node, "activations with a scale for each channel keep the layer in float", is_error=False)
+            yield _at(pair.node, "activations with a scale for each channel keep the layer in float", "slow")
+    for node in file.graph.node:
+        if node.op_type == "Add":
+            quantized = [pair for value in node.input if (pair := _quantizer(file, value)) is not None]
+            if len(quantized) == len(node.input):  # else it is the float one that is computed in the convolution
+                yield from (_at(pair.node, _UNROUNDED, "inexact") for pair in quantized if _is_summed_result(file, pair))
+        elif node.op_type == "Concat":
+            grids = [pair for value in node.input if (pair := _quantizer(file, value)) is not None]
+            if len({(str(pair.scale), str(pair.zero_point)) for pair in grids}) > 1:
+                yield _at(node, "its inputs have different grids, which OpenVINO puts on one: use --target openvino", "inexact")
+            grids += [file.pair(reader) for reader in file.readers.get(node.output[0], []) if reader.op_type == "QuantizeLinear"]
+            if any(pair.kind == TensorProto.INT8 for pair in grids):
+                yield _at(node, "OpenVINO moves int8 grids around zero that meet in it: use --target openvino", "inexact")
     for node, weight in file.weighted():
         if weight.zero_point is not None and np.asarray(weight.zero_point, np.int32).any():
-            yield _at(node, "weights with zero points keep it off the fast integer kernels", is_error=False)
+            yield _at(node, "weights with zero points keep it off the fast integer kernels", "slow")
         if file.dequantized(node.input[0]) is None:
-            yield _at(node, "its weight is quantized and its input is not: it runs in float", is_error=False)
+            yield _at(node, "its weight is quantized and its input is not: it runs in float", "slow")
+
+
+_UNROUNDED = (
+    "it quantizes a convolution's result that only an Add reads: OpenVINO adds in the convolution and leaves that rounding out; "
+    "use --target openvino"
+)
+
+
+def _quantizer(file: File, value: str) -> Pair | None:
+    """The QuantizeLinear right in front of the DequantizeLinear that makes a value."""
+    dequantized = file.dequantized(value)
+    made = file.producer.get(dequantized.node.input[0]) if dequantized is not None else None
+    return file.pair(made) if made is not None and made.op_type == "QuantizeLinear" else None
+
+
+def _is_summed_result(file: File, quantizer: Pair) -> bool:
+    """Whether it quantizes a convolution's result for one reader only."""
+    made = file.producer.get(quantizer.node.input[0])
+    ends = [end for node in file.readers.get(quantizer.node.output[0], []) for end in file.readers.get(node.output[0], [])]
+    return made is not None and made.op_type == "Conv" and len(ends) == 1
 
 
 def _qnn(file: File) -> Iterator[Violation]:
@@ -220,13 +261,11 @@ def _qnn(file: File) -> Iterator[Violation]:
 def _ort_cpu(file: File) -> Iterator[Violation]:
     for pair in file.pairs:
         if pair.is_constant and pair.kind == TensorProto.INT8 and pair.zero_point is not None and pair.zero_point.any():
-            yield _at(
-                pair.node, "weights with zero points: the kernel has no int8 weights with a zero point for each channel", is_error=False
-            )
+            yield _at(pair.node, "weights with zero points: the kernel has no int8 weights with a zero point for each channel", "slow")
     for node, weight in file.weighted():
         source = file.dequantized(node.input[0])
         if source is None:
-            yield _at(node, "its weight is quantized and its input is not: it runs in float", is_error=False)
+            yield _at(node, "its weight is quantized and its input is not: it runs in float", "slow")
             continue
         if weight.kind in (TensorProto.INT2, *_FLOAT8) and source.kind in (TensorProto.UINT8, TensorProto.INT8, *_FLOAT8):
             yield _at(
@@ -239,9 +278,9 @@ def _ort_cpu(file: File) -> Iterator[Violation]:
         ):
             yield _at(node, f"int8 weights beside {_NAMES(source.kind)} activations fuse into a kernel that does not exist")
         if weight.kind in _INT4:
-            yield _at(node, "int4 weights are dequantized and run in float", is_error=False)
+            yield _at(node, "int4 weights are dequantized and run in float", "slow")
         if node.op_type == "Conv" and not _is_quantized_behind(file, node.output[0]):
-            yield _at(node, "its result is not quantized, behind its activation if it has one: it runs in float", is_error=False)
+            yield _at(node, "its result is not quantized, behind its activation if it has one: it runs in float", "slow")
 
 
 def _is_quantized_behind(file: File, value: str) -> bool:

@@ -131,8 +131,12 @@ TARGETS: Mapping[str, Scheme] = {
         Scheme(
             "openvino",
             "QuantizeLinear becomes FakeQuantize, which the low-precision passes turn into u8 activations and i8 weights around zero, with "
-            "float biases; a Clip in front of it runs in the convolution's epilogue.",
+            "float biases; a Clip in front of it runs in the convolution's epilogue. A residual sum runs there too, where the rounding of "
+            "the convolution's own result is left out, so only the shortcut is quantized; and what a Concat joins is put on one grid, so "
+            "it has one from the start. What is learned is then what runs, bit for bit.",
             elementwise=_POOLS | {"Add", "Mul", "Concat"},
+            shortcut_only=True,
+            shared_concat=True,
             reduce_range=True,
         ),
         Scheme(
@@ -153,10 +157,12 @@ TARGETS: Mapping[str, Scheme] = {
         ),
         Scheme(
             "portable",
-            "The common ground of ONNX Runtime, TensorRT and OpenVINO: int8 around zero everywhere, float biases, no integer Clip, 8-bit "
-            "types of opset 13. A bit of every activation behind a Relu is lost.",
+            "The common ground of ONNX Runtime, TensorRT and OpenVINO: int8 around zero everywhere, float biases, of a residual sum only "
+            "the shortcut quantized, no integer Clip, 8-bit types of opset 13. A bit of every activation behind a Relu is lost, and "
+            "OpenVINO moves grids around zero at a Concat (its own target is exact there).",
             activation_symmetric=True,
             elementwise=_POOLS | {"Add"},
+            shortcut_only=True,
             reduce_range=True,
         ),
     )

@@ -1,5 +1,6 @@
 """`mrecg-onnx check`: the rules of a runtime's parser, held against a file from any tool."""
 
+from collections import Counter
 from pathlib import Path
 
 import click
@@ -9,6 +10,8 @@ from rich.markup import escape
 from ..errors import TargetRuleError, UsageError, near_misses
 from .endings import reported
 from .options import EXIT_CODES, PATH
+
+_SHOWN = {"refused": ("error", "red"), "inexact": ("inexact", "magenta"), "slow": ("slow", "yellow")}
 
 
 @click.command(epilog=EXIT_CODES)
@@ -29,10 +32,11 @@ def check(file: Path, target: str, verbose: bool) -> None:
         found = rules.check(read(file), target)
         console = Console(highlight=False)
         for violation in found:
-            colour = "red" if violation.is_error else "yellow"
             where = " ".join(part for part in (violation.op_type, violation.node) if part)
-            console.print(f"[{colour}]{'error' if violation.is_error else 'slow'}:[/{colour}] {escape(where)}: {escape(violation.rule)}")
-        errors = sum(violation.is_error for violation in found)
-        if errors:
-            raise TargetRuleError(f"{file}: {errors} nodes break the rules of {target}")
-        console.print(f"{escape(file.name)} keeps to the rules of {target}; {len(found)} nodes cost speed")
+            word, colour = _SHOWN[violation.effect]
+            console.print(f"[{colour}]{word}:[/{colour}] {escape(where)}: {escape(violation.rule)}")
+        count = Counter(violation.effect for violation in found)
+        if count["refused"]:
+            raise TargetRuleError(f"{file}: {count['refused']} nodes break the rules of {target}")
+        moved = f", {count['inexact']} change results" if count["inexact"] else ""
+        console.print(f"{escape(file.name)} keeps to the rules of {target}; {count['slow']} nodes cost speed{moved}")
