@@ -11,6 +11,7 @@ from exporters import export_qdq
 from tests import architectures, zoo
 from toolchain import runtime
 from toolchain.config import Config
+from toolchain.errors import UsageError
 from toolchain.importing import cut_blocks
 from toolchain.islands import find_islands
 from toolchain.partition import MAX_REGION, Block, Rules, partition
@@ -20,6 +21,7 @@ from toolchain.report import coverage
 from toolchain.samples import Samples
 from toolchain.simulation import simulate
 from toolchain.source import SourceModel, infer_types
+from toolchain.survey import survey
 from toolchain.validation import sqnr
 
 MODELS = {
@@ -137,3 +139,19 @@ def test_bits_of_single_nodes(tmp_path: Path) -> None:
     assert {bits[name] for name in ups} == {(7, 8)}  # reduced range
     edges = {source.graph.weighted[0].name, source.graph.weighted[-1].name}
     assert {bits[node.name][0] for node in source.graph.weighted if node.name not in {middle.name, *ups, *edges}} == {4}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("MaxPool", r"selects 4 nodes \(MaxPool\) that no quantizer meets"),
+        ("Relu", r"\(Relu\) that no quantizer meets, .* they belong to Concat, Conv, ConvTranspose"),
+        ("node_maxpool[24]", r"did you mean 'node_"),
+        ("Con", "matches no node name and no operator type"),
+    ],
+)
+def test_bits_that_change_nothing_are_refused(pattern: str, message: str, tmp_path: Path) -> None:
+    source = zoo.loaded(MODELS["unet"], tmp_path)
+    config = Config(device="cpu", algorithm="minmax", bits=(f"{pattern}=w8a8",))
+    with pytest.raises(UsageError, match=message):
+        survey(source, samples_of(source), config)

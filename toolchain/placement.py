@@ -75,7 +75,7 @@ class Placement:
 
     `activations` and `weights`: value name -> spec; `stored`: the same for weights that are kept as codes but computed with in float;
     `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value -> the value with which it has one grid, though
-    each has a quantizer of its own.
+    each has a quantizer of its own. `met` names the nodes that read a quantizer, or whose weights are on a grid: those that bits matter to.
     """
 
     activations: Mapping[str, QuantSpec]
@@ -87,6 +87,7 @@ class Placement:
     floats: tuple[FloatRow, ...]
     first: frozenset[str]
     last: frozenset[str]
+    met: frozenset[str]
 
 
 def place(
@@ -133,7 +134,10 @@ def place(
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
     integer_bias = scheme.integer_bias and precision.activation_bits < FLOAT_BITS
     biases, float_biases = _biases(source, integer, {*activations, *tied}) if integer_bias else ({}, [])
-    return Placement(activations, tied, shared, weights, stored, biases, (*floats, *float_biases), first, last)
+    met = {node.name for value in activations for node in flow.integer_readers(value, integer)}
+    met |= {node.name for node in graph.weighted if graph.weight(node) in weights}
+    met |= {node.name for name in stored for node in graph.readers_of(name)}
+    return Placement(activations, tied, shared, weights, stored, biases, (*floats, *float_biases), first, last, frozenset(met))
 
 
 def _weight_specs(
@@ -335,6 +339,24 @@ def own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]]) -> dict
         UsageError: a pattern that selects nothing.
     """
     return {name: precision for pattern, precision in asked for name in sorted(match_nodes(graph, [pattern], "--bits"))}
+
+
+def check_own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]], placement: Placement) -> None:
+    """Refuse bits for nodes that no quantizer meets, where they would change nothing.
+
+    Raises:
+        UsageError: a `--bits` pattern selects such nodes only.
+    """
+    kinds = {node.name: node.op_type for node in graph.nodes}
+    for pattern, _ in asked:
+        selected = match_nodes(graph, [pattern], "--bits")
+        if selected.isdisjoint(placement.met):
+            what = ", ".join(sorted({kinds[name] for name in selected}))
+            near = near_misses(pattern, placement.met | {kinds[name] for name in placement.met})
+            raise UsageError(
+                f"--bits {pattern!r}: selects {len(selected)} {'node' if len(selected) == 1 else 'nodes'} ({what}) that no quantizer meets, "
+                f"so that bits change nothing there; they belong to {', '.join(sorted({kinds[name] for name in placement.met}))}{near}"
+            )
 
 
 def match_nodes(graph: Graph, patterns: Sequence[str], option: str = "--keep-float") -> frozenset[str]:

@@ -10,7 +10,7 @@ from .importing import cut_blocks
 from .islands import IslandRow, find_islands, island_rows
 from .memory import Demand, demand
 from .partition import Block
-from .placement import match_nodes, own_precisions, place
+from .placement import check_own_precisions, match_nodes, own_precisions, place
 from .plan import BlockRow, Plan, block_rows, make_plan
 from .samples import Samples, check_labels
 from .source import SourceModel, ValueTypes, infer_types
@@ -21,9 +21,11 @@ _ASSUMED_AXIS = 224
 def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[BlockRow, ...]:
     """Partition the model, and refuse settings that name what it does not have: everything that can be said before the work begins."""
     types = infer_types(source, samples.shapes, samples.inputs)
-    match_nodes(source.graph, config.keep_float)
-    own_precisions(source.graph, config.own_bits)
-    rows = block_rows(source, types, cut_blocks(source, types, find_islands(source, types), config), config)
+    islands, kept = find_islands(source, types), match_nodes(source.graph, config.keep_float)
+    if own := own_precisions(source.graph, config.own_bits):
+        placement = place(source, types, config.scheme, config.precision, kept, islands, own)
+        check_own_precisions(source.graph, config.own_bits, placement)
+    rows = block_rows(source, types, cut_blocks(source, types, islands, config), config)
     if config.merge:
         make_plan(source, rows, config)
     return rows
