@@ -2,8 +2,11 @@
 
 For a value v the names are `v_scale`, `v_zero_point`, `v_quantized` and `v_dequantized`, for the nodes `v_QuantizeLinear`, `v_Clip` and
 `v_DequantizeLinear`. A weight w becomes `w_quantized`, and its DequantizeLinear makes the value `w`, so that the node that reads it is
-untouched. A table that is only looked up is dequantized behind the lookup (`v_codes` is what Gather makes of the codes, v what it made of
-the table), and a weight that only one branch of an If reads is dequantized in that branch.
+untouched. A value that repeats the grid of another, being a rearrangement of it, shares its scale and zero point. Values around one with a
+long name are named after its ends: a dozen copies of the names that some converters make would weigh more than a small layer.
+
+A table that is only looked up is dequantized behind the lookup (`v_codes` is what Gather makes of the codes, v what it made of the table),
+and a weight that only one branch of an If reads is dequantized in that branch.
 
 Fewer than 8 bits travel in 8-bit integers. What keeps them on their grid is a Clip on the integers between QuantizeLinear and
 DequantizeLinear: ONNX Runtime keeps its integer kernels around it, which it does not for a Clip on floats. A Relu or Clip in front of a
@@ -29,6 +32,7 @@ from toolchain.scheme import ORT_CPU, Scheme
 from .storage import Storage, packed_storage_of, storage_of
 
 METADATA_PREFIX = "mrecg_onnx."
+_LONG = 32  # characters
 _INT2_TARGETS = ("ort-cpu", "ort-cuda", "academic")  # runtimes other than ONNX Runtime have no 2-bit integers
 
 
@@ -164,6 +168,9 @@ class _Editor:
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._new_constants: list[onnx.TensorProto] = []
         self._kept_as_codes: set[str] = set()
+        self._with_parameters: set[str] = set()
+        self._shortened: dict[str, str] = {}
+        self._taken = {*self._constants, *(value for node in _all_nodes(graph.node) for value in node.output)}
 
     def edit(self) -> None:
         table = self._table.tensors
@@ -218,6 +225,7 @@ class _Editor:
         """QuantizeLinear and DequantizeLinear; where the type is wider than the grid, a Clip on the integers between them, or in front."""
         storage = self._storages[name]
         parameters = self._parameters(name, grid, storage)
+        short = self._short(name)
         low, high = _code_range(grid, bounds)
         # A tied value holds codes of the grid already.
         clips = (low, high) != (storage.low, storage.high) and grid.tied_to is None
@@ -225,8 +233,8 @@ class _Editor:
         limits: list[str] = []
         if clips:
             ends = np.array([low, high], storage.dtype) if on_integers else dequantize(np.array([low, high]), grid)
-            limits = [self._constant(f"{name}_{key}", end) for key, end in zip(("qmin", "qmax"), ends, strict=True)]
-        quantized, clipped = f"{name}_quantized", f"{name}_clipped"
+            limits = [self._constant(f"{short}_{key}", end) for key, end in zip(("qmin", "qmax"), ends, strict=True)]
+        quantized, clipped = f"{short}_quantized", f"{short}_clipped"
         nodes = []
         if clips and not on_integers:
             nodes.append(helper.make_node("Clip", [origin, *limits], [clipped], f"{name}_Clip"))
@@ -239,14 +247,27 @@ class _Editor:
         return nodes
 
     def _dequantized(self, name: str) -> str:
-        return name if name in self._quantized_outputs else f"{name}_dequantized"
+        return name if name in self._quantized_outputs else f"{self._short(name)}_dequantized"
+
+    def _short(self, name: str) -> str:
+        """What the values around a value are named after: its own name, or the ends of a long one."""
+        if len(name) <= _LONG:
+            return name
+        if name not in self._shortened:
+            ends, number = f"{name[: _LONG // 2 - 2]}..{name[-_LONG // 2 :]}", 1
+            while (short := ends if number == 1 else f"{ends}.{number}") in self._taken:
+                number += 1
+            self._taken.add(short)
+            self._shortened[name] = short
+        return self._shortened[name]
 
     def _codes(self, name: str, grid: TensorQuant) -> list[str]:
         """The codes of a constant with their scale and zero point, as constants."""
         assert grid.codes is not None
         storage = self._storages[name]
         self._kept_as_codes.add(name)
-        return [self._constant(f"{name}_quantized", grid.codes.astype(storage.dtype)), *self._parameters(name, grid, storage)]
+        codes = self._constant(f"{self._short(name)}_quantized", grid.codes.astype(storage.dtype))
+        return [codes, *self._parameters(name, grid, storage)]
 
     def _look_up(self, graph: onnx.GraphProto, name: str, codes: list[str]) -> None:
         """Let the Gather nodes of a graph, and of those inside it, look up codes, and dequantize what they find."""
@@ -258,7 +279,7 @@ class _Editor:
             nodes.append(node)
             if _is_lookup(node) and node.input[0] == name:
                 found = node.output[0]
-                node.input[0], node.output[0] = codes[0], f"{found}_codes"
+                node.input[0], node.output[0] = codes[0], f"{self._short(found)}_codes"
                 behind = [node.output[0], *codes[1:]]
                 nodes.append(helper.make_node("DequantizeLinear", behind, [found], f"{found}_LookupDequantizeLinear"))
                 if channels:
@@ -277,10 +298,16 @@ class _Editor:
         return node
 
     def _parameters(self, name: str, grid: TensorQuant, storage: Storage) -> list[str]:
-        return [
-            self._constant(f"{name}_scale", np.asarray(grid.scale, np.float32)),
-            self._constant(f"{name}_zero_point", np.asarray(grid.zero_point).astype(storage.dtype)),
-        ]
+        """The scale and the zero point of a value, as constants; those of the value whose grid it repeats."""
+        origin = grid.tied_to
+        if origin is not None and origin in self._table and self._storages[origin] == storage:
+            name, grid = origin, self._table[origin]
+        names = [f"{self._short(name)}_{key}" for key in ("scale", "zero_point")]
+        if name not in self._with_parameters:
+            self._with_parameters.add(name)
+            self._constant(names[0], np.asarray(grid.scale, np.float32))
+            self._constant(names[1], np.asarray(grid.zero_point).astype(storage.dtype))
+        return names
 
     def _constant(self, name: str, array: np.ndarray | np.generic) -> str:
         self._new_constants.append(numpy_helper.from_array(np.ascontiguousarray(array) if array.ndim else np.asarray(array), name))

@@ -128,7 +128,8 @@ def test_shapes_and_names_stay(tmp_path: Path) -> None:
     assert {name: source.node_protos[name].doc_string for name in kept} == documented
     for name, grid in table.tensors.items():
         made_names = {tensor.name for tensor in exported.graph.initializer}
-        assert {f"{name}_scale", f"{name}_zero_point"} <= made_names
+        origin = grid.tied_to or name
+        assert {f"{origin}_scale", f"{origin}_zero_point"} <= made_names
         if grid.codes is None:
             assert f"{name}_QuantizeLinear" in {node.name for node in exported.graph.node}
     onnx.shape_inference.infer_shapes(exported, strict_mode=True)

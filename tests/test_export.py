@@ -15,6 +15,7 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
 from toolchain.errors import ExportError
+from toolchain.normalise import rename_values
 from toolchain.pipeline import Quantized, quantize
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples
@@ -170,3 +171,21 @@ def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_model(model, path)
     assert onnx.load(path) == model
     assert path.stat().st_mode & 0o444 == 0o444  # readable like any other new file
+
+
+def test_long_names_are_not_repeated(tmp_path: Path) -> None:
+    """Some converters join the names of all that was fused; around such a value there are a dozen others."""
+    plain, joined = zoo.tiny_resnet(), zoo.tiny_resnet()
+    kept = {output.name for output in plain.graph.output}
+    fused = "fused/BatchNorm;" * 5
+    rename_values(joined.graph, {v: f"{fused}{v};{fused}" for n in plain.graph.node for v in n.output if v not in kept}, outputs=True)
+    del joined.graph.value_info[:]
+    samples, outputs = zoo.images(8), []
+    for model in (plain, joined):
+        source, found = quantized(model, tmp_path, samples)
+        exported = export_qdq(source.model, found.table)
+        given = {*source.constants, *(value for node in source.graph.nodes for value in node.outputs)}
+        new = {t.name for t in exported.graph.initializer} | {value for node in exported.graph.node for value in node.output}
+        assert max(map(len, new - given)) <= 32 + len("_dequantized") + len(".99")
+        outputs.append(*runtime.run(runtime.session(exported), samples.inputs).values())
+    np.testing.assert_array_equal(*outputs)

@@ -214,7 +214,8 @@ def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.n
     scale, zero_point = (numpy_helper.to_array(constants[name]) for name in quantizer.input[1:3])
     name = quantizer.name.removesuffix("_QuantizeLinear")
     info = np.iinfo(zero_point.dtype) if zero_point.dtype.kind in "iu" else None
-    limits = [constants.get(f"{name}_{end}") for end in ("qmin", "qmax")]
+    clip = next((node for node in quantized.graph.node if node.name == f"{name}_Clip" and node.input[0] == quantizer.output[0]), None)
+    limits = [constants[limit] for limit in clip.input[1:3]] if clip is not None else [None, None]
     low, high = (
         float(numpy_helper.to_array(limit)) if limit is not None else float(getattr(info, end)) if info is not None else None
         for limit, end in zip(limits, ("min", "max"), strict=True)

@@ -351,11 +351,11 @@ def check_own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]], p
     for pattern, _ in asked:
         selected = match_nodes(graph, [pattern], "--bits")
         if selected.isdisjoint(placement.met):
-            what = ", ".join(sorted({kinds[name] for name in selected}))
+            what, meeting = (", ".join(sorted({kinds[name] for name in names})) for names in (selected, placement.met))
             near = near_misses(pattern, placement.met | {kinds[name] for name in placement.met})
             raise UsageError(
-                f"--bits {pattern!r}: selects {len(selected)} {'node' if len(selected) == 1 else 'nodes'} ({what}) that no quantizer meets, "
-                f"so that bits change nothing there; they belong to {', '.join(sorted({kinds[name] for name in placement.met}))}{near}"
+                f"--bits {pattern!r}: selects nodes ({what}) that no quantizer meets, so that bits change nothing there; they matter to "
+                f"{meeting or 'nothing in this model'}{near}"
             )
 
 
