@@ -140,10 +140,14 @@ class ActivationCache:
     Each piece is run once, and what nothing later reads is freed.
     """
 
-    def __init__(self, values: Mapping[str, Value], dead_after: Iterable[frozenset[str]], passes: Passes) -> None:
+    def __init__(self, values: Mapping[str, Value], dead_after: Sequence[frozenset[str]], passes: Passes) -> None:
         self._values = dict(values)
-        self._dead_after = iter(dead_after)
+        self._dead_after = dead_after
         self.passes = passes
+
+    def fork(self) -> "ActivationCache":
+        """The stream as it is now, to be advanced on its own; no value is copied."""
+        return ActivationCache(self._values, self._dead_after, self.passes)
 
     def of(self, names: Iterable[str]) -> dict[str, Value]:
         return {name: self._values[name] for name in names}
@@ -151,7 +155,8 @@ class ActivationCache:
     def advance(self, outputs: Mapping[str, Value]) -> None:
         """Take in the outputs of the next piece and drop the values that nothing after it reads."""
         self._values.update(outputs)
-        for name in next(self._dead_after):
+        dead, *self._dead_after = self._dead_after
+        for name in dead:
             self._values.pop(name, None)
 
 

@@ -64,7 +64,7 @@ class Histogram:
         return np.bincount(target, weights=self.counts, minlength=_BINS).astype(np.int64)
 
 
-def calibrate_activation(histogram: Histogram, spec: QuantSpec, method: str, percentile: float) -> TensorQuant:
+def calibrate_activation(histogram: Histogram, spec: QuantSpec, method: str, percentile: float, norm: float = NORM) -> TensorQuant:
     """The grid of an activation from its histogram; one whose range is known needs none, and gets a power of two for its scale."""
     if spec.span is not None:
         low, high = spec.span
@@ -74,32 +74,42 @@ def calibrate_activation(histogram: Histogram, spec: QuantSpec, method: str, per
     if method == "percentile":
         low, high = histogram.percentile(percentile)
     elif method == "mse":
-        low, high = _mse_range(histogram, spec)
+        low, high = _mse_range(histogram, spec, norm)
     scale, zero_point = grid(np.array([low]), np.array([high]), spec)
     return TensorQuant(spec, scale[0], zero_point[0])
 
 
-def calibrate_weight(weight: np.ndarray, spec: QuantSpec, method: str, percentile: float) -> TensorQuant:
+def calibrate_weight(weight: np.ndarray, spec: QuantSpec, method: str, percentile: float, norm: float = NORM) -> TensorQuant:
     """The grid of a weight in its ONNX layout, per channel along `spec.axis`, or per block of it."""
-    rows = _rows(weight, spec).astype(np.float32)
+    rows = rows_of(weight, spec).astype(np.float32)
     if method == "percentile":
         low, high = np.percentile(rows, [100 - percentile, percentile], axis=1)
     else:
         low, high = rows.min(axis=1), rows.max(axis=1)
     if method == "mse":
-        factor = _mse_shrink(rows, low, high, spec)
+        factor = _mse_shrink(rows, low, high, spec, norm)
         low, high = low * factor, high * factor
+    return unrows(TensorQuant(spec, *weight_grid(low, high, spec)), weight.shape)
+
+
+def weight_grid(low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> tuple[np.ndarray, np.ndarray]:
+    """`grid`, with the scale of dead channels for those without weights."""
     scale, zero_point = grid(low, high, spec)
-    scale = np.where(np.maximum(-low, high) < _SMALLEST_SCALE, np.float32(_DEAD_CHANNEL_SCALE), scale)
+    return np.where(np.maximum(-low, high) < _SMALLEST_SCALE, np.float32(_DEAD_CHANNEL_SCALE), scale), zero_point
+
+
+def unrows(grids: TensorQuant, shape: tuple[int, ...]) -> TensorQuant:
+    """Scales and zero points [C] of the rows of a weight of a shape, as its spec has them."""
+    spec, scale, zero_point = grids.spec, np.asarray(grids.scale), np.asarray(grids.zero_point)
     if spec.axis is None:
         scale, zero_point = scale[0], zero_point[0]
     elif spec.block is not None:
-        others = [size for axis, size in enumerate(weight.shape) if axis != spec.axis]
+        others = [size for axis, size in enumerate(shape) if axis != spec.axis]
         scale, zero_point = (np.moveaxis(p.reshape(*others, -1), -1, spec.axis) for p in (scale, zero_point))
     return TensorQuant(spec, scale, zero_point)
 
 
-def _rows(weight: np.ndarray, spec: QuantSpec) -> np.ndarray:
+def rows_of(weight: np.ndarray, spec: QuantSpec) -> np.ndarray:
     """The values that share a scale, as rows [C, K]; a last block that is not full is filled with zeros, which no range sees."""
     if spec.axis is None:
         return weight.reshape(1, -1)
@@ -146,44 +156,48 @@ def calibrate_bias(bias: np.ndarray, weight: TensorQuant, input_scale: np.ndarra
     return TensorQuant(spec, scale, np.zeros(scale.shape, np.int32), codes.reshape(bias.shape))
 
 
-def _mse_range(histogram: Histogram, spec: QuantSpec) -> tuple[float, float]:
-    """The range with the least L2.4 error: ends are searched in turn (a symmetric grid has only one)."""
+def _mse_range(histogram: Histogram, spec: QuantSpec, norm: float) -> tuple[float, float]:
+    """The range with the least error in a norm: ends are searched in turn (a symmetric grid has only one)."""
     values, counts = histogram.values()
     factors = np.linspace(1.0 / CANDIDATES, 1.0, CANDIDATES)
     low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
     best_low, best_high = low, high
     if spec.symmetric:
         end = max(-low, high)
-        factor = factors[np.argmin(_histogram_errors(values, counts, -end * factors, end * factors, spec))]
+        factor = factors[np.argmin(histogram_errors(values, counts, -end * factors, end * factors, spec, norm))]
         return -end * factor, end * factor
     for _ in range(2 if low < 0 < high else 1):
         if high > 0:
-            best_high = high * factors[np.argmin(_histogram_errors(values, counts, np.full(CANDIDATES, best_low), high * factors, spec))]
+            lows = np.full(CANDIDATES, best_low)
+            best_high = high * factors[np.argmin(histogram_errors(values, counts, lows, high * factors, spec, norm))]
         if low < 0:
-            best_low = low * factors[np.argmin(_histogram_errors(values, counts, low * factors, np.full(CANDIDATES, best_high), spec))]
+            highs = np.full(CANDIDATES, best_high)
+            best_low = low * factors[np.argmin(histogram_errors(values, counts, low * factors, highs, spec, norm))]
     return float(best_low), float(best_high)
 
 
-def _histogram_errors(values: np.ndarray, counts: np.ndarray, lows: np.ndarray, highs: np.ndarray, spec: QuantSpec) -> np.ndarray:
-    """sum_i counts_i |x_i - x~_i|^2.4 for each candidate range [K]."""
+def histogram_errors(
+    values: np.ndarray, counts: np.ndarray, lows: np.ndarray, highs: np.ndarray, spec: QuantSpec, norm: float
+) -> np.ndarray:
+    """sum_i counts_i |x_i - x~_i|^norm for each candidate range [K]."""
     scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(lows, highs, spec))
     x, weights = torch.from_numpy(values).float(), torch.from_numpy(counts).double()
     errors = []
     for s, z in zip(scale.split(8), zero_point.split(8), strict=True):  # 8 candidates at a time keep the work in cache
         codes = torch.clamp(torch.round(x / s) + z, spec.qmin, spec.qmax)
-        errors.append(((codes - z) * s - x).abs_().pow_(NORM).double() @ weights)
+        errors.append(((codes - z) * s - x).abs_().pow_(norm).double() @ weights)
     return torch.cat(errors).numpy()
 
 
-def _mse_shrink(rows: np.ndarray, low: np.ndarray, high: np.ndarray, spec: QuantSpec) -> np.ndarray:
-    """For each row [C, K], the factor on its range with the least L2.4 error."""
+def _mse_shrink(rows: np.ndarray, low: np.ndarray, high: np.ndarray, spec: QuantSpec, norm: float) -> np.ndarray:
+    """For each row [C, K], the factor on its range with the least error in a norm."""
     x = torch.from_numpy(rows)
     best = torch.full((len(rows),), float("inf"))
     factor = torch.ones(len(rows))
     for candidate in np.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES):
         scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(low * candidate, high * candidate, spec))
         codes = torch.clamp(torch.round(x / scale) + zero_point, spec.qmin, spec.qmax)
-        error = ((codes - zero_point) * scale - x).abs_().pow_(NORM).sum(dim=1)
+        error = ((codes - zero_point) * scale - x).abs_().pow_(norm).sum(dim=1)
         better = error < best
         best = torch.where(better, error, best)
         factor = torch.where(better, torch.tensor(candidate, dtype=torch.float32), factor)

@@ -14,7 +14,8 @@ from .errors import UsageError, near_misses
 from .scheme import FLOAT_BITS, TARGETS, Precision, Scheme, refusal, scheme_for
 
 RANGES = ("minmax", "percentile", "mse")
-ALGORITHMS = ("minmax", "mse", "adaround", "brecq", "qdrop")
+ALGORITHMS = ("minmax", "mse", "aciq", "lapq", "adaround", "adaquant", "bit-split", "brecq", "qdrop")
+LAYERWISE = ("adaround", "adaquant", "bit-split")  # these learn one layer at a time, the algorithms after them blocks
 UNITS = ("none", "loss", "loss-normalised", "modcap", "transitions", "manual")
 # Iterations per unit. `best` is what the papers use; the others trade steps for a proportionally larger step size.
 PRESETS: Mapping[str, int] = {"fast": 250, "default": 1000, "best": 20000}
@@ -176,6 +177,8 @@ class Config:
         refused = refusal(self.scheme, self.precision)
         if refused is not None:
             raise UsageError(refused)
+        if self.algorithm == "bit-split" and not self.scheme.weight_symmetric:
+            raise UsageError("--algorithm bit-split: splits codes around zero into bits; add --weight-scheme symmetric")
 
     @property
     def scheme(self) -> Scheme:
@@ -202,7 +205,7 @@ class Config:
 
     @property
     def learns(self) -> bool:
-        return self.algorithm in ("adaround", "brecq", "qdrop")
+        return self.algorithm in (*LAYERWISE, "brecq", "qdrop")
 
     @property
     def memory(self) -> int | None:
@@ -225,7 +228,7 @@ class Config:
         rate per step, so that the distance it can cover stays. Down to 250 iterations this beat smaller rates on held-out samples.
         """
         speedup = min(max(PAPER_ITERATIONS / self.unit_iterations, 1.0), _MAX_SPEEDUP)
-        learns_steps = self.algorithm in ("brecq", "qdrop")
+        learns_steps = self.algorithm in ("adaquant", "brecq", "qdrop")
         activation_lr = self.activation_lr if self.activation_lr is not None else 1e-4 * speedup
         return Settings(
             iterations=self.unit_iterations,

@@ -1,17 +1,19 @@
 """The grids of a whole model: observed ranges to scales and zero points, biases whose scales follow, and values that repeat another's."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from .activations import TorchModel, observed, run_piece
-from .calibration import Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
+from .baselines import aciq, lapq
+from .calibration import NORM, Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
 from .partition import Block
 from .placement import Placement, without
 from .progress import Progress
-from .quant_table import BIAS_BITS, QuantTable, TensorQuant
+from .quant_table import BIAS_BITS, QuantSpec, QuantTable, TensorQuant
 from .quant_table import quantize as encode
 from .samples import Samples
 from .source import SourceModel
@@ -24,10 +26,27 @@ def calibrate(
 
     Activations that have no range (never made, or not finite) get none.
     """
+    seen = observe(model, placement, samples, progress)
+    placement = without(placement, placement.activations.keys() - seen.keys())
+    if config.algorithm == "lapq":
+        return lapq.calibrate_jointly(
+            model,
+            placement,
+            samples,
+            config.unit_iterations,
+            lambda norm: grids_of(model.source, placement, seen, methods(config, norm)),
+            lambda position, table: with_biases(model.source, placement, model.pieces[position].block, table),
+            progress,
+        )
+    return grids_of(model.source, placement, seen, methods(config))
+
+
+def observe(model: TorchModel, placement: Placement, samples: Samples, progress: Progress = lambda *_: None) -> dict[str, Histogram]:
+    """What the float stream shows of each activation; nothing of those that are never made, or not finite."""
     histograms: dict[str, Histogram] = {}
     endless: set[str] = set()
 
-    def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def look(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in placement.activations and name not in endless and tensor.numel():
             if not torch.isfinite(tensor.aminmax()[1] - tensor.aminmax()[0]):
                 endless.add(name)
@@ -38,31 +57,55 @@ def calibrate(
 
     stream = model.stream(samples.inputs)
     for name, value in stream.of(model.source.graph.inputs).items():
-        observed(name, value, observe)
+        observed(name, value, look)
     for position, piece in enumerate(model.pieces):
         progress("calibrating", position, len(model.pieces), float("nan"))
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), stream.passes, observe))
-    placement = without(placement, endless | (placement.activations.keys() - histograms.keys()))
-    activation_range, weight_range = config.activation_range, config.weight_range
-    if config.algorithm == "minmax":
-        activation_range = weight_range = "minmax"
-    table: dict[str, TensorQuant] = {
-        name: calibrate_activation(histograms[name], spec, activation_range, config.percentile)
-        for name, spec in placement.activations.items()
-    }
-    table |= shared_grids(placement, histograms, activation_range, config.percentile)
+        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), stream.passes, look))
+    return {name: histogram for name, histogram in histograms.items() if name not in endless}
+
+
+@dataclass(frozen=True)
+class Methods:
+    """How the grid of an activation is found from what was seen of it, and that of a weight from its numbers.
+
+    `finish` is applied to a weight and its grid once it has codes.
+    """
+
+    activation: Callable[[Histogram, QuantSpec], TensorQuant]
+    weight: Callable[[np.ndarray, QuantSpec], TensorQuant]
+    finish: Callable[[np.ndarray, TensorQuant], TensorQuant] = lambda _, found: found
+
+
+def methods(config: Config, norm: float = NORM) -> Methods:
+    """The methods that a configuration asks for; `norm` is that of the errors that `mse` compares."""
+    if config.algorithm == "aciq":
+        return Methods(aciq.calibrate_clipped, aciq.calibrate_allocated, aciq.with_norms)
+    activations, weights = config.activation_range, config.weight_range
+    if config.algorithm in ("minmax", "lapq"):
+        activations = weights = {"minmax": "minmax", "lapq": "mse"}[config.algorithm]
+    return Methods(
+        lambda histogram, spec: calibrate_activation(histogram, spec, activations, config.percentile, norm),
+        lambda weight, spec: calibrate_weight(weight, spec, weights, config.percentile, norm),
+    )
+
+
+def grids_of(source: SourceModel, placement: Placement, seen: Mapping[str, Histogram], how: Methods) -> QuantTable:
+    """The grids of activations whose histograms are given and of all weights, with the codes of rounding to nearest."""
+    table = {name: how.activation(seen[name], spec) for name, spec in placement.activations.items()}
+    table |= shared_grids(placement, seen, how)
     for name, origin in placement.tied.items():
         table[name] = replace(table[origin], tied_to=origin)
     for name, spec in placement.weights.items():
-        table[name] = calibrate_weight(model.source.constants[name], spec, weight_range, config.percentile)
+        table[name] = how.weight(source.constants[name], spec)
     for name, bias in placement.biases.items():
-        table[bias.weight] = fit_bias(table[bias.weight], model.source.constants[name], table[bias.input].scale)
+        table[bias.weight] = fit_bias(table[bias.weight], source.constants[name], table[bias.input].scale)
     for name in placement.weights:
-        table[name] = replace(table[name], codes=encode(model.source.constants[name], table[name]))
-    return QuantTable(table | stored_grids(model.source, placement, weight_range, config.percentile))
+        weight = source.constants[name]
+        table[name] = how.finish(weight, replace(table[name], codes=encode(weight, table[name])))
+    return QuantTable(table | stored_grids(source, placement, how))
 
 
-def stored_grids(source: SourceModel, placement: Placement, method: str, percentile: float) -> dict[str, TensorQuant]:
+def stored_grids(source: SourceModel, placement: Placement, how: Methods) -> dict[str, TensorQuant]:
     """Grids and codes of the weights that are only stored.
 
     At 8 bits their range is min-max: a search gains nothing there, and tables are large.
@@ -70,17 +113,17 @@ def stored_grids(source: SourceModel, placement: Placement, method: str, percent
     found = {}
     for name, spec in placement.stored.items():
         array = source.constants[name]
-        grid = calibrate_weight(array, spec, "minmax" if spec.bits >= 8 else method, percentile)
+        grid = calibrate_weight(array, spec, "minmax", 100.0) if spec.bits >= 8 else how.weight(array, spec)
         found[name] = replace(grid, codes=encode(array, grid), fixed=True)
     return found
 
 
-def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], method: str, percentile: float) -> dict[str, TensorQuant]:
+def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], how: Methods) -> dict[str, TensorQuant]:
     """One grid for all values that share one, from all that was seen of them."""
     seen: dict[str, Histogram] = {}
     for name, leader in placement.shared.items():
         seen[leader] = seen[leader].merged(histograms[name]) if leader in seen else histograms[name]
-    grids = {name: calibrate_activation(found, placement.activations[name], method, percentile) for name, found in seen.items()}
+    grids = {name: how.activation(found, placement.activations[name]) for name, found in seen.items()}
     return {name: replace(grids[leader], fixed=True) for name, leader in placement.shared.items()}
 
 

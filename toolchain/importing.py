@@ -1,12 +1,13 @@
 """The model cut into blocks around its float islands, and the blocks in torch."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
 from . import partition
 from .activations import TorchModel
-from .config import Config
+from .config import LAYERWISE, Config
 from .import_check import check_import
 from .islands import find_islands
 from .partition import Block, Rules
@@ -17,7 +18,10 @@ from .source import SourceModel, ValueTypes
 def cut_blocks(source: SourceModel, types: ValueTypes, islands: Mapping[str, str], config: Config) -> tuple[Block, ...]:
     """The blocks of a model around its islands."""
     rules = Rules(types.batched, types.shared, islands.keys(), config.boundary)
-    return partition.layers(source.graph, rules) if config.algorithm == "adaround" else partition.partition(source.graph, rules)
+    if config.algorithm in ("adaquant", "bit-split"):  # they look at what a weighted node makes, before its activation
+        behind = [node.outputs[0] for node in source.graph.weighted if node.name not in islands]
+        rules = replace(rules, boundaries=(*rules.boundaries, *behind))
+    return (partition.layers if config.algorithm in LAYERWISE else partition.partition)(source.graph, rules)
 
 
 def imported(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from . import capacity, partition
 from .activations import TorchModel
 from .capacity import BlockTraits
-from .config import Config
+from .config import LAYERWISE, Config
 from .errors import UsageError, near_misses
 from .losses import energy, full_loss
 from .partition import Block
@@ -94,8 +94,8 @@ def measured(
 def _choose(rows: Sequence[BlockRow], config: Config) -> tuple[frozenset[int], str]:
     traits = [row.traits for row in rows]
     allowed = capacity.mergeable(traits, cross_stage=config.cross_stage)
-    if config.algorithm == "adaround":
-        return frozenset(), "none: AdaRound works layer by layer"
+    if config.algorithm in LAYERWISE:
+        return frozenset(), f"none: {config.algorithm} works layer by layer"
     if config.units == "none" or not config.learns:
         return frozenset(), "none: every block alone"
     if config.units == "manual":

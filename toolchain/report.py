@@ -280,7 +280,11 @@ def _algorithm(config: Config) -> str:
     return {
         "minmax": f"rounding to nearest, min-max ranges{corrected}",
         "mse": f"rounding to nearest, {config.weight_range} weight and {config.activation_range} activation ranges{corrected}",
+        "aciq": f"ACIQ-Mix: analytic clipping, bits by channel for weights of up to 4 bits, norms kept{corrected}",
+        "lapq": f"LAPQ: all step sizes jointly by Powell's method on the loss of the network{corrected}",
         "adaround": "AdaRound: layer by layer on the quantized stream, activations quantized, steps as calibrated",
+        "adaquant": "AdaQuant: layer by layer on the quantized stream, weights, steps and biases learned straight through",
+        "bit-split": "Bit-Split: layer by layer on the quantized stream, codes bit by bit, scales in closed form",
         "brecq": "BRECQ as in MQBench: unit by unit, activations quantized while learning, steps learned jointly",
         "qdrop": "QDrop: as BRECQ, with activations quantized at random, element by element",
     }[config.algorithm]

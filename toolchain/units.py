@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from .activations import Parts, Piece, TorchModel, Value
+from .baselines.adaquant import adaquant_unit
+from .baselines.bit_split import split_unit
 from .config import Config
 from .grids import retied, with_biases
 from .partition import Block
@@ -55,7 +57,7 @@ def reconstruct(
             inputs, float_inputs, targets = quantized.of(piece.block.inputs), floats.of(piece.block.inputs), made
             if not _alike(inputs, float_inputs):  # shapes that follow from data: aim at what the float unit makes of the same inputs
                 float_inputs, targets = inputs, units.run(piece, quantized)
-            result, outputs = reconstruct_unit(
+            result, outputs = learner(config)(
                 piece=piece,
                 floats=source.constants,
                 inputs=inputs,
@@ -81,6 +83,11 @@ def reconstruct(
         floats.advance(made)
         quantized.advance(outputs)
     return table, tuple(results)
+
+
+def learner(config: Config) -> Callable[..., tuple[UnitResult, dict[str, Value]]]:
+    """What learns a unit; all take the same arguments."""
+    return {"adaquant": adaquant_unit, "bit-split": split_unit}.get(config.algorithm, reconstruct_unit)
 
 
 def _learning(pieces: Sequence[Piece], table: QuantTable) -> list[Piece]:

@@ -1,0 +1,1 @@
+"""Calibration-only algorithms of other papers, to compare reconstruction with: each file names its paper and what of it is implemented."""

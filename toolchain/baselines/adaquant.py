@@ -1,0 +1,150 @@
+"""AdaQuant: weights, step sizes and bias of a layer are learned together, with rounding passed straight through.
+
+Hubara, Nahshan, Hanani, Banner, Soudry, "Accurate post training quantization with small calibration sets" (ICML 2021; "Improving post
+training neural quantization: layer-wise calibration and integer programming", 2020).
+
+Implemented: for one layer after the other (sequential AdaQuant: inputs come from the layers that are quantized already),
+
+    minimise over V, dw, dx, b:   || W x + b_0 - (Q_dw(W + V) Q_dx(x) + b) ||^2       (Eq. 2)
+
+by Adam. A weight may move by any number of steps, unlike with AdaRound. Weight steps are one for each channel, as they are calibrated.
+
+What differs: the rates are in shares of what they move (a step of the weight's grid, a step, the spread of the output), so that they mean
+the same at every layer and bit width; the authors' are absolute, for 8 bits. They fall to zero by a cosine. Zero points stay. An activation
+that several layers read has one grid, learned with the first of them.
+
+Not implemented: the integer program that gives layers different bits, and the tuning of BatchNorm's statistics (there is none left); biases
+are learned instead.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ..activations import Passes, Value
+from ..config import Settings
+from ..fake_quant import LearnedStep
+from ..losses import loss_of
+from ..minibatch import Draw
+from ..quant_table import QuantTable, quantize
+from ..reconstruction import CurvePoint, Progress, UnitResult, learned_weights
+from ..torch_import import TorchBlock
+from .layer import Layer, finished
+
+_CURVE_POINTS = 40
+_SMALLEST_FACTOR = 0.25  # of a calibrated step: the int32 codes of biases have room for no more
+
+
+class _Round(torch.autograd.Function):
+    """Rounding whose gradient is that of the identity (straight through)."""
+
+    @staticmethod
+    def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: object, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        return grad_outputs[0]
+
+
+def adaquant_unit(
+    *,
+    piece: TorchBlock,
+    floats: Mapping[str, np.ndarray],
+    inputs: Mapping[str, Value],
+    float_inputs: Mapping[str, Value],
+    targets: Mapping[str, Value],
+    passes: Passes,
+    device: torch.device,
+    table: QuantTable,
+    done: AbstractSet[str],
+    finish: Callable[[QuantTable], QuantTable],
+    settings: Settings,
+    seed: int,
+    progress: Progress,
+) -> tuple[UnitResult, dict[str, Value]]:
+    """Learn a layer; arguments and result are those of `reconstruct_unit`."""
+    layer = Layer.of(piece, table, learned_weights(piece, table, done), floats, inputs, targets, passes, device)
+    draw = Draw(inputs, float_inputs, layer.targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
+
+    def learn(start: QuantTable) -> tuple[QuantTable, tuple[CurvePoint, ...]]:
+        return _learn(layer, draw, start, finish, settings, progress)
+
+    return finished(layer, table, learn, finish, settings.iterations)
+
+
+def _learn(
+    layer: Layer, draw: Draw, table: QuantTable, finish: Callable[[QuantTable], QuantTable], settings: Settings, progress: Progress
+) -> tuple[QuantTable, tuple[CurvePoint, ...]]:
+    device, grid, float_weight = layer.device, table[layer.weight], layer.floats[layer.weight]
+    scale, zero_point = (torch.tensor(np.array(p)).to(device) for p in grid.expanded(float_weight.shape))
+    low, high = grid.spec.qmin - zero_point, grid.spec.qmax - zero_point
+    constants = layer.constants()
+    scaled = constants[layer.weight] / scale
+    moved = torch.zeros_like(scaled, requires_grad=True)  # V in steps of the calibrated grid
+    stretch = torch.ones_like(scale, requires_grad=True)  # of the weight's steps
+    shift = torch.zeros((), device=device)  # of the bias, in spreads of the output
+    spread = torch.ones((), device=device)
+    if layer.bias is not None and layer.bias in table:
+        target = layer.targets[layer.output]
+        sample = target if isinstance(target, torch.Tensor) else torch.cat([part.reshape(-1) for part in target])
+        spread = sample.std().clamp_min(1e-12)
+        shift = torch.zeros_like(constants[layer.bias], requires_grad=True)
+    made = [value for node in layer.piece.block.nodes for value in node.outputs if value != layer.output]
+    grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
+    steps = {name: torch.tensor(float(found.scale), device=device) for name, found in grids.items()}
+    factors = {name: torch.ones((), device=device, requires_grad=not found.fixed) for name, found in grids.items()}
+    moving = [factor for factor in (*factors.values(), shift) if factor.requires_grad]
+    groups = [
+        {"params": [moved], "lr": settings.weight_lr, "first": settings.weight_lr},
+        {"params": [stretch, *moving], "lr": settings.activation_lr, "first": settings.activation_lr},
+    ]
+    optimizer = torch.optim.Adam(groups, fused=True)
+
+    def observe(name: str, x: torch.Tensor) -> torch.Tensor:
+        if name not in factors:
+            return x
+        spec, zero = grids[name].spec, int(grids[name].zero_point)
+        return LearnedStep.apply(x, steps[name] * factors[name], spec.qmin - zero, spec.qmax - zero, None)  # pyright: ignore[reportReturnType]
+
+    every = max(settings.iterations // _CURVE_POINTS, 1)
+    curve: list[CurvePoint] = []
+    for iteration in range(settings.iterations):
+        share = 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
+        for group in optimizer.param_groups:
+            group["lr"] = group["first"] * share
+        loss, batches = torch.zeros((), device=device), draw.selections()
+        for selection in batches:
+            fed, targets = draw.batch(selection, None)
+            rounded = _Round.apply((scaled + moved) / stretch)
+            own = {layer.weight: torch.minimum(torch.maximum(rounded, low), high) * (scale * stretch)}  # pyright: ignore[reportArgumentType]
+            if layer.bias is not None:
+                own[layer.bias] = constants[layer.bias] + shift * spread
+            part = loss_of(layer.piece(fed | constants | own, observe), targets, draw.shares) / len(batches)
+            part.backward()
+            loss += part.detach()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for factor in (stretch, *factors.values()):
+                factor.clamp_(min=_SMALLEST_FACTOR)
+        if iteration % every == 0 or iteration == settings.iterations - 1:
+            value = loss.item()
+            curve.append(CurvePoint(iteration, value, math.nan, math.nan, math.nan))
+            progress(iteration + 1, settings.iterations, value)
+    changes = {name: replace(found, scale=np.float32((steps[name] * factors[name]).item())) for name, found in grids.items()}
+    with torch.no_grad():
+        wide = (scale * stretch).cpu().numpy().reshape(np.shape(grid.scale)).astype(np.float32)[()]
+        learned = replace(grid, scale=wide)
+        weight = ((scaled + moved) * scale).cpu().numpy()
+        changes[layer.weight] = replace(learned, codes=quantize(weight, learned))
+        after = finish(table.updated(changes))
+        if layer.bias is not None and layer.bias in after:
+            bias_grid = after[layer.bias]
+            bias = (constants[layer.bias] + shift * spread).cpu().numpy()
+            after = after.updated({layer.bias: replace(bias_grid, codes=quantize(bias, bias_grid))})
+    return after, tuple(curve)
