@@ -175,8 +175,13 @@ class _Editor:
     def edit(self) -> None:
         table = self._table.tensors
         nodes: list[onnx.NodeProto] = []
-        if not self._scheme.integer_bias:  # the float biases are in the model, and a table from another target may have codes for them
-            table = {name: grid for name, grid in table.items() if grid.spec.bits < BIAS_BITS}
+        if self._scheme.bias != "int32":
+            biases = {name: grid for name, grid in table.items() if grid.spec.bits == BIAS_BITS}
+            table = {name: grid for name, grid in table.items() if name not in biases}
+            if (
+                self._scheme.bias == "steps"
+            ):  # else they stay as they are in the model, though a table from another target has codes for them
+                self._new_constants += [numpy_helper.from_array(grid.dequantized(), name) for name, grid in biases.items()]
         # A quantized graph output keeps its name behind the pair; the value in front of it gets another.
         renamed = {name: self._dequantized(name) for name, grid in table.items() if grid.codes is None}
         for name in sorted(self._tables):
@@ -317,7 +322,7 @@ class _Editor:
         """Drop constants that nothing reads any more (float weights, absorbed bounds) and what was declared of vanished values."""
         read = set(_reads(self._graph.node)) | self._outputs
         made = {value for node in self._graph.node for value in node.output}
-        gone = made | self._kept_as_codes
+        gone = made | self._kept_as_codes | {tensor.name for tensor in self._new_constants}
         kept = [tensor for tensor in self._graph.initializer if tensor.name in read and tensor.name not in gone]
         del self._graph.initializer[:]
         self._graph.initializer.extend([*kept, *self._new_constants])

@@ -17,10 +17,10 @@ from toolchain.simulation import simulated_values
 from toolchain.source import SourceModel, infer_types
 
 
-def shifts(source: SourceModel, is_corrected: bool) -> list[float]:
+def shifts(source: SourceModel, is_corrected: bool, target: str = "ort-cpu") -> list[float]:
     """How far the rounded weights of each layer, all else in float, move the mean of its channels; the largest, in steps of the bias."""
     samples = zoo.images(SAMPLES)
-    table = quantize(source, samples, Config(algorithm="mse", device="cpu", bias_correction=is_corrected)).table
+    table = quantize(source, samples, Config(algorithm="mse", device="cpu", bias_correction=is_corrected, target=target)).table
     floats = simulated_values(source, QuantTable(), samples)
     found = []
     for node in source.graph.weighted:
@@ -37,12 +37,12 @@ def channel_means(array: np.ndarray) -> np.ndarray:
     return array.mean(axis=tuple(axis for axis in range(array.ndim) if axis != 1), dtype=np.float64)
 
 
-@pytest.mark.parametrize("batch", ["N", 4])
-def test_means_are_those_of_the_float_model(batch: int | str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch", "target"), [("N", "ort-cpu"), (4, "ort-cpu"), ("N", "openvino")])
+def test_means_are_those_of_the_float_model(batch: int | str, target: str, tmp_path: Path) -> None:
     source = zoo.loaded(zoo.tiny_resnet(batch=batch), tmp_path)
     # What is left is the rounding of the bias to its int32 grid; the margin is that of float32 means.
-    assert max(shifts(source, True)) <= 0.5 + 1e-3
-    assert max(shifts(source, False)) > 1.0
+    assert max(shifts(source, True, target)) <= 0.5 + 1e-3
+    assert max(shifts(source, False, target)) > 1.0
 
 
 def test_only_biases_change(tmp_path: Path) -> None:

@@ -132,12 +132,14 @@ def place(
         if bits is not None:
             activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
-    integer_bias = scheme.integer_bias and precision.activation_bits < FLOAT_BITS
-    biases, float_biases = _biases(source, integer, {*activations, *tied}) if integer_bias else ({}, [])
+    has_steps = scheme.bias != "float" and precision.activation_bits < FLOAT_BITS
+    biases, float_biases = _biases(source, integer, {*activations, *tied}) if has_steps else ({}, [])
+    if scheme.bias == "int32":
+        floats += float_biases
     met = {node.name for value in activations for node in flow.integer_readers(value, integer)}
     met |= {node.name for node in graph.weighted if graph.weight(node) in weights}
     met |= {node.name for name in stored for node in graph.readers_of(name)}
-    return Placement(activations, tied, shared, weights, stored, biases, (*floats, *float_biases), first, last, frozenset(met))
+    return Placement(activations, tied, shared, weights, stored, biases, tuple(floats), first, last, frozenset(met))
 
 
 def _weight_specs(

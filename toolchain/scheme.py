@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 FLOAT_BITS = 32  # "bits" of activations that are not quantized
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_BIASES = {"int32": "int32", "steps": "float, in int32 steps,", "float": "float"}
 # Results whose range is known before any sample: (lowest, highest) with highest just off the grid, so that the scale is a power of two.
 KNOWN_RANGES: Mapping[str, tuple[float, float]] = {
     "Sigmoid": (0.0, 1.0),
@@ -28,7 +29,8 @@ class Scheme:
         shortcut_only: of an Add's two inputs, one that comes straight from a convolution stays float, so that the runtime adds inside it.
         results: which results are quantized even though nothing on integers reads them: those of `convolutions`, `all`, or `none`.
         shared_concat: all inputs of a Concat and its output have one grid.
-        integer_bias: biases are int32 with scale s_x * s_w, else float.
+        bias: `int32` codes of scale s_x * s_w; `steps`, floats that are whole steps of it, so that a runtime which rounds them to int32
+            changes nothing; or `float`, as they are.
         saturation: a grid narrower than its integer type is held by a Clip on the `integer`s behind QuantizeLinear, into which Relu and
             Clip are folded, or on the `float`s in front of it.
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
@@ -45,7 +47,7 @@ class Scheme:
     shortcut_only: bool = False
     results: str = "none"
     shared_concat: bool = False
-    integer_bias: bool = False
+    bias: str = "steps"
     saturation: str = "float"
     storage: str = "fast"
     reduce_range: bool = False
@@ -56,7 +58,7 @@ class Scheme:
         """The rules in one sentence, and which of them were set by hand."""
         text = (
             f"{self.name}: {_kind(self.weight_symmetric)} weights, {_channels(self.per_channel)}; {_kind(self.activation_symmetric)} "
-            f"per-tensor activations behind their Relu/Clip; {self._addends}; {'int32' if self.integer_bias else 'float'} biases; "
+            f"per-tensor activations behind their Relu/Clip; {self._addends}; {_BIASES[self.bias]} biases; "
             f"{'quantized' if self.results == 'all' else 'float'} graph outputs; {self.storage} storage"
         )
         preset = TARGETS.get(self.name)
@@ -78,7 +80,7 @@ class Scheme:
 
     def differences(self, other: "Scheme") -> tuple[str, ...]:
         """What another scheme does differently, as `rule: own -> other`."""
-        names = ("weight_symmetric", "activation_symmetric", "shortcut_only", "results", "shared_concat", "integer_bias", "reduce_range")
+        names = ("weight_symmetric", "activation_symmetric", "shortcut_only", "results", "shared_concat", "bias", "reduce_range")
         names = (*names, "stores")
         found = [
             f"{name.replace('_', ' ')}: {getattr(self, name)} -> {getattr(other, name)}"
@@ -105,7 +107,7 @@ TARGETS: Mapping[str, Scheme] = {
             "VNNI saturate pairs of 8-bit products, hence 7-bit weights there.",
             elementwise=_QLINEAR,
             results="convolutions",
-            integer_bias=True,
+            bias="int32",
             saturation="integer",
             reduce_range=True,
             stores=True,
@@ -115,7 +117,7 @@ TARGETS: Mapping[str, Scheme] = {
             "ONNX Runtime's CUDA provider has no integer convolutions: weights are dequantized once and everything runs in float, so only "
             "operands are quantized and weights are packed: it saves file size, not time. Biases are int32, since ONNX Runtime would "
             "round float ones to int32 steps by itself, which at few bits moves results.",
-            integer_bias=True,
+            bias="int32",
             saturation="integer",
             storage="small",
             stores=True,
@@ -147,13 +149,14 @@ TARGETS: Mapping[str, Scheme] = {
             elementwise=_QLINEAR,
             results="all",
             shared_concat=True,
-            integer_bias=True,
+            bias="int32",
         ),
         Scheme(
             "academic",
             "What BRECQ, QDrop and MRECG report (MQBench's Academic backend): weights and activations with zero points, only what weighted "
             "operators read is quantized, addends and biases stay float. For comparing with papers, not for deployment.",
             weight_symmetric=False,
+            bias="float",
         ),
         Scheme(
             "portable",
