@@ -5,7 +5,7 @@ executions of a deep network can drift apart. So the graph is cut at every quant
 reference gave to its inputs, and may end at most one step away.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -45,8 +45,41 @@ class KernelCheck:
     steps: float
     share: float
 
+    @classmethod
+    def of(cls, found: "Sequence[Difference]") -> "KernelCheck":
+        worst = max(found, key=lambda difference: difference.steps, default=None)
+        codes = [difference for difference in found if difference.is_code]
+        moved, size = (sum(counts) for counts in zip(*((d.moved, d.size) for d in codes), strict=True)) if codes else (0, 0)
+        return cls(len(found), worst.name if worst else "", worst.steps if worst else 0.0, 100.0 * moved / max(size, 1))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a value of the model is from the reference: the largest difference in steps, and how many of its numbers are a step away.
+
+    `is_code`: it is a quantized value, whose steps are those of its grid; others are compared in steps of 8 bits over their range.
+    """
+
+    name: str
+    steps: float
+    moved: int
+    size: int
+    is_code: bool
+
 
 def check_kernels(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], provider: str = runtime.CPU) -> KernelCheck:
+    """The worst of `kernel_differences`."""
+    return KernelCheck.of(kernel_differences(model, feeds, provider))
+
+
+def check_simulation(
+    model: onnx.ModelProto, table: QuantTable, values: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]
+) -> KernelCheck:
+    """The worst of `simulation_differences`."""
+    return KernelCheck.of(simulation_differences(model, table, values, feeds))
+
+
+def kernel_differences(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], provider: str = runtime.CPU) -> tuple[Difference, ...]:
     """Compare ONNX Runtime's default execution with its unoptimised one, operator by operator, over a few samples.
 
     Args:
@@ -66,9 +99,9 @@ def check_kernels(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], provi
     return _compared(model, expected, codes, some, provider, Optimization.DEFAULT)
 
 
-def check_simulation(
+def simulation_differences(
     model: onnx.ModelProto, table: QuantTable, values: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]
-) -> KernelCheck:
+) -> tuple[Difference, ...]:
     """Compare the file, executed as it is written, with the torch simulation on every value that both know by name.
 
     Args:
@@ -99,7 +132,7 @@ def _compared(
     feeds: Mapping[str, np.ndarray],
     provider: str,
     optimization: Optimization,
-) -> KernelCheck:
+) -> tuple[Difference, ...]:
     """Run the model with the expected codes fed to every operator, and compare what each makes of them."""
     given = {name: np.asarray(expected[name]) for name in codes}
     unsteady = _unsteady(model, given.keys())
@@ -108,15 +141,13 @@ def _compared(
     fed = {name + _FED: array for name, array in given.items()} | runtime.batched(feeds, runtime.input_axes(model))
     names = {entry.name for entry in cut.get_inputs()}
     found = runtime.execute(cut, {name: array for name, array in fed.items() if name in names}, list(expected))
-    differences = {name: _steps(expected[name], np.asarray(found[name])) for name in expected}
-    worst = max(differences, key=lambda name: float(differences[name].max(initial=0.0)), default="")
-    off = sum(int((differences[name] >= 1).sum()) for name in codes if name in expected)
-    return KernelCheck(
-        values=len(differences),
-        worst=worst,
-        steps=float(differences[worst].max(initial=0.0)) if worst else 0.0,
-        share=100.0 * off / max(sum(differences[name].size for name in codes if name in expected), 1),
-    )
+    fed_codes = set(codes)
+
+    def difference(name: str) -> Difference:
+        steps = _steps(expected[name], np.asarray(found[name]))
+        return Difference(name, float(steps.max(initial=0.0)), int((steps >= 1).sum()), steps.size, name in fed_codes)
+
+    return tuple(difference(name) for name in expected)
 
 
 def _codes(model: onnx.ModelProto) -> list[str]:
