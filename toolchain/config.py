@@ -19,6 +19,7 @@ LAYERWISE = ("adaround", "adaquant", "bit-split")  # these learn one layer at a 
 UNITS = ("none", "loss", "loss-normalised", "modcap", "transitions", "manual")
 # Iterations per unit. `best` is what the papers use; the others trade steps for a proportionally larger step size.
 PRESETS: Mapping[str, int] = {"fast": 250, "default": 1000, "best": 20000}
+SYNTHETIC = "synthetic"  # calibration data that is made, not read
 DEVICES = ("auto", "cuda", "cpu")
 PAPER_ITERATIONS = 20000
 _MAX_SPEEDUP = 100.0
@@ -248,8 +249,12 @@ class DataConfig:
     """Where the samples come from, how images are prepared, and what is asked of the result."""
 
     calibration_data: str | None = option(
-        None, "Calibration samples: .npz (arrays by input name), .npy, an image folder, or module:function.", "data"
+        None,
+        "Calibration samples: .npz (arrays by input name), .npy, an image folder, or module:function; `synthetic` makes some from the "
+        "statistics of BatchNorm layers (ZeroQ), at a loss of accuracy.",
+        "data",
     )
+    synthetic_samples: int = option(64, "Samples to make with --calibration-data synthetic.", "data", low=1)
     eval_data: str | None = option(None, "Evaluation samples, with labels where accuracy is wanted; same forms.", "data")
     eval_samples: int | None = option(None, "Most evaluation samples to use; default all.", "data", low=1)
     labels: str | None = option(None, "CSV of `file name,class number` for an evaluation image folder.", "data")

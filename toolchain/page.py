@@ -336,6 +336,7 @@ def _run(report: dict[str, Any]) -> str:
             "calibration",
             f"{report['calibration']['samples']} samples; import to torch differs by {report['calibration']['import_error']:.1e} at most",
         ),
+        *(("note", note) for note in model["notes"]),
         ("machine", f"{environment['gpu'] or environment['processor']}, {environment['cores']} cores, {environment['platform']}"),
         (
             "versions",

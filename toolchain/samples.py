@@ -69,11 +69,13 @@ PRESETS: Mapping[str, Preprocessing] = {
 class Samples:
     """Arrays [N, one sample's shape] by input name, and the labels [N] where there are any.
 
-    Samples come first here whatever axis of the model's input counts them; `runtime.batched` gives them the model's layout.
+    Samples come first here whatever axis of the model's input counts them; `runtime.batched` gives them the model's layout. `note` says
+    what a reader of results has to know of them, if anything.
     """
 
     inputs: Mapping[str, np.ndarray]
     labels: np.ndarray | None = None
+    note: str | None = None
 
     @property
     def count(self) -> int:
@@ -96,7 +98,8 @@ class Samples:
         return self if batch is None else self.taken(np.arange(max(self.count // batch, 1) * batch) % self.count)
 
     def taken(self, rows: np.ndarray) -> "Samples":
-        return Samples({name: array[rows] for name, array in self.inputs.items()}, None if self.labels is None else self.labels[rows])
+        labels = None if self.labels is None else self.labels[rows]
+        return Samples({name: array[rows] for name, array in self.inputs.items()}, labels, self.note)
 
 
 def load_samples(

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from ..config import Config, DataConfig, flag, parse_precision, split
 from ..errors import UsageError, near_misses
 from .endings import reported
-from .files import samples_at
+from .files import calibration_at, samples_at
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 from .shown import Shown
 
@@ -49,7 +50,7 @@ def compare(
 
         shown = Shown(as_json, verbose, quiet)
         source, calibration, evaluation, base = _experiment(
-            model, output, options, ("algorithm", "units", "seed", "weight_bits", "activation_bits")
+            model, output, options, ("algorithm", "units", "seed", "weight_bits", "activation_bits"), shown.log
         )
         todo = comparison.jobs(_listed(methods), _listed(precisions), _integers("--seeds", seeds), base)
         with terminal.progress_on(shown.log) as progress:
@@ -102,7 +103,7 @@ def study(
             raise UsageError(f"--schemes {schemes}: a correlation needs at least 4")
         shown = Shown(as_json, verbose, quiet)
         options |= parse_precision(precision) if precision else {}
-        source, calibration, evaluation, base = _experiment(model, output, options, ("units", "merge"))
+        source, calibration, evaluation, base = _experiment(model, output, options, ("units", "merge"), shown.log)
         rows = survey(source, calibration, dataclasses.replace(base, units="none"))
         boundaries = sorted(mergeable([row.traits for row in rows], cross_stage=True))
         count = min(calibration.count, base.calibration_samples)
@@ -119,7 +120,7 @@ def study(
 
 
 def _experiment(
-    model: Path, output: Path, options: dict[str, Any], varied: tuple[str, ...]
+    model: Path, output: Path, options: dict[str, Any], varied: tuple[str, ...], log: Console
 ) -> "tuple[SourceModel, Samples, Samples, Config]":
     """Model, data and common settings of several runs; what the runs vary cannot be given."""
     from ..cpu import keep_freed_memory
@@ -136,7 +137,7 @@ def _experiment(
         raise UsageError("--calibration-data and --eval-data are both needed: methods are compared on samples that none of them has seen")
     keep_freed_memory()
     source = load_source(model)
-    calibration = samples_at(data.calibration_data, source, data, "--calibration-data", None)
+    calibration = calibration_at(data.calibration_data, source, config, data, None, log)
     return source, calibration, samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples), config
 
 

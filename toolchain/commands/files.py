@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import DataConfig
+from rich.markup import escape
+
+from ..config import SYNTHETIC, Config, DataConfig
 from ..errors import ExportError, MrecgError, UsageError
 
 if TYPE_CHECKING:
     import onnx
+    from rich.console import Console
 
     from ..samples import Samples
     from ..source import SourceModel
@@ -23,6 +26,19 @@ def samples_at(place: str, source: "SourceModel", data: DataConfig, option: str,
     samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit)
     check_classes(source, samples, f"{option} {place}")
     return samples if limit is None or option == "--calibration-data" else samples.first(limit)
+
+
+def calibration_at(place: str, source: "SourceModel", config: Config, data: DataConfig, limit: int | None, log: "Console") -> "Samples":
+    """The calibration samples that were asked for: read, or made where there are none."""
+    if place != SYNTHETIC:
+        return samples_at(place, source, data, "--calibration-data", limit)
+    from .. import terminal
+    from ..baselines.zeroq import synthetic_samples
+
+    with terminal.progress_on(log) as progress:
+        samples = synthetic_samples(source, data.synthetic_samples, config.seed, data.size, config.device, progress)
+    log.print(f"[yellow]--calibration-data synthetic: {escape(samples.note or '')}[/yellow]")
+    return samples
 
 
 def check_output(model: Path | None, output: Path, overwrite: bool, option: str = "--output") -> None:

@@ -14,7 +14,7 @@ from .. import __version__
 from ..config import Config, DataConfig, dump_config, load_config, parse_precision, split
 from ..errors import UsageError
 from .endings import check_drop, check_parity, interruptible, reported
-from .files import check_loads, check_output, samples_at, save_text
+from .files import calibration_at, check_loads, check_output, samples_at, save_text
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 from .shown import Shown
 
@@ -135,7 +135,9 @@ def _quantize(
         runtime.pick_provider("cuda")
     source = load_source(model)
     assert data.calibration_data is not None
-    calibration = samples_at(data.calibration_data, source, data, "--calibration-data", config.calibration_samples)
+    calibration = calibration_at(data.calibration_data, source, config, data, config.calibration_samples, shown.log)
+    if calibration.note is not None:
+        source = dataclasses.replace(source, notes=(*source.notes, calibration.note))
     evaluation = calibration
     if data.eval_data is not None:
         evaluation = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
