@@ -6,14 +6,16 @@ An encoding counts codes from 0: x = (q + offset) * scale with q in 0 .. 2^bw - 
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from toolchain.copies import insert_copies
 from toolchain.errors import ExportError, UsageError
-from toolchain.quant_table import BIAS_BITS, QuantSpec, QuantTable, TensorQuant, quantize
+from toolchain.quant_table import BIAS_BITS, Copy, QuantSpec, QuantTable, TensorQuant, quantize
 
 VERSION = "1.0.0"
 
@@ -61,10 +63,24 @@ def loads(text: str, where: str) -> dict[str, Any]:
         raise UsageError(f"{where}: is not JSON: {error}") from error
 
 
+def with_copies(model: onnx.ModelProto, table: QuantTable) -> QuantTable:
+    """The table in which values that Identity nodes of a model make are copies of what these read.
+
+    That is what `with_rounded_weights` writes for layers that requantize their input.
+    """
+    copies = {
+        node.output[0]: Copy(node.input[0], tuple(reader.name for reader in model.graph.node if node.output[0] in reader.input))
+        for node in model.graph.node
+        if node.op_type == "Identity" and node.output[0] in table
+    }
+    return table.updated({name: replace(table[name], copy=copy) for name, copy in copies.items() if all(copy.readers)})
+
+
 def with_rounded_weights(model: onnx.ModelProto, table: QuantTable) -> onnx.ModelProto:
-    """The float model with every constant of the table replaced by what its codes stand for."""
+    """The float model with every constant of the table replaced by what its codes stand for, and its copies as Identity nodes."""
     rounded = onnx.ModelProto()
     rounded.CopyFrom(model)
+    insert_copies(rounded.graph, table.copies)
     for tensor in rounded.graph.initializer:
         if tensor.name in table and table[tensor.name].codes is not None:
             tensor.CopyFrom(numpy_helper.from_array(table[tensor.name].dequantized(), tensor.name))

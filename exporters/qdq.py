@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, version_converter
 
+from toolchain.copies import insert_copies
 from toolchain.errors import ExportError
 from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize, quantize
 from toolchain.scheme import ORT_CPU, Scheme
@@ -53,6 +54,7 @@ def export_qdq(
     tables = _tables(model.graph, table)
     storages = _storages(model.graph, table, scheme, tables)
     quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))
+    insert_copies(quantized.graph, table.copies)
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
     onnx.helper.set_model_props(
         quantized,
@@ -212,7 +214,9 @@ class _Editor:
         self._replace_initializers()
 
     def _absorbed(self, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
-        """The float bounds of a Relu or Clip that the quantizer behind it takes over; None where the node must stay."""
+        """The float bounds of a Relu or Clip that the quantizer behind it takes over (of a copy: none); None where the node must stay."""
+        if self._table[node.output[0]].copy is not None:
+            return (None, None)
         if self._scheme.saturation != "integer":
             return None
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("Relu", "Clip") or node.output[0] in self._outputs:

@@ -133,6 +133,7 @@ def test_bits_of_single_nodes(tmp_path: Path) -> None:
     config = Config(device="cpu", algorithm="minmax", bits=("ConvTranspose=w8a8", f"{middle.name}=w6a16", f"{middle.name}=w5a6"))
     assert own_precisions(source.graph, config.own_bits)[middle.name].weight_bits == 5  # later entries win
     table = quantize(source, samples_of(source), config).table
+    source = source.with_copies(table.copies)
     bits = {node.name: (table[node.inputs[1]].spec.bits, table[node.inputs[0]].spec.bits) for node in source.graph.weighted}
     assert bits[middle.name] == (5, 6)
     ups = [node.name for node in source.graph.weighted if node.op_type == "ConvTranspose"]

@@ -174,6 +174,8 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     assert pair.exit_code == 0, pair.output
     imported = invoke("export", tmp_path / "pair.onnx", tmp_path / "pair.encodings", "--target", "qnn", "-o", tmp_path / "qnn.onnx")
     assert imported.exit_code == 0, imported.output
+    quantizers = {node.name for node in onnx.load(tmp_path / "qnn.onnx").graph.node}
+    assert {f"{name}_QuantizeLinear" for name in loads(table.read_text(), "").table.copies} <= quantizers
     refused = invoke("export", tmp_path / "pair.onnx", table, "-o", tmp_path / "no.onnx")
     assert refused.exit_code == 2
     assert "was learned on another model" in refused.output

@@ -29,6 +29,7 @@ SAMPLES = zoo.images(16)
 def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[SourceModel, Quantized, TorchModel]:
     source = zoo.loaded(zoo.tiny_resnet(), tmp_path_factory.mktemp("fit"))
     found = quantize(source, SAMPLES, Config(algorithm="mse", weight_bits=3, device="cpu"))
+    source = source.with_copies(found.table.copies)
     types = infer_types(source, SAMPLES.shapes)
     model = TorchModel.of(source, types, cut_blocks(source, types, found.islands, Config()), torch.device("cpu"))
     return source, found, model

@@ -71,6 +71,12 @@ class Config:
     elementwise_bits: int = option(
         8, "Bits of activations that only element-wise operators read (addends).", "precision", choices=(2, 3, 4, 5, 6, 7, 8, 16)
     )
+    requantize: bool = option(
+        True,
+        "Keep what element-wise operators and layers both read (a shortcut) in elementwise-bits and requantize it for the layers; off: one "
+        "grid for all readers, as in the papers.",
+        "precision",
+    )
     reduce_range: bool | None = option(
         None,
         "Weights of 7 bits where weights and activations would both have 8: exact on x86 CPUs without VNNI too, which saturate otherwise. "
@@ -189,7 +195,9 @@ class Config:
     def precision(self) -> Precision:
         first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
         reduce_range = self.scheme.reduce_range if self.reduce_range is None else self.reduce_range
-        return Precision(self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range, self.block_size)
+        return Precision(
+            self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range, self.block_size, self.requantize
+        )
 
     @property
     def own_bits(self) -> tuple[tuple[str, Precision], ...]:

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from . import runtime
 from .errors import UsageError
 from .graph import Node
+from .quant_table import Copy
 from .runtime import Optimization
 from .samples import Samples
 from .source import SourceModel
@@ -85,6 +86,7 @@ def diagnose(
     Raises:
         UsageError: the file has no quantizers named as `quantize` names them, or was made from another model.
     """
+    source = source.with_copies(_copies(source, quantized))
     quantizers = _quantizers(source, quantized)
     outputs = list(source.graph.outputs)
     origins = {name: node.input[0] for name, node in quantizers.items()}
@@ -106,6 +108,26 @@ def diagnose(
         layers[position] = LayerError(**{**vars(layer), "gain": float(gain)})
         progress(position + 1, min(tried, len(layers)))
     return Diagnosis(samples.count, finals, tuple(layers), tuple(_suggestions(layers)))
+
+
+def _copies(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, Copy]:
+    """The values that layers requantize for themselves, told from quantizers that read what another one made."""
+    known = {*source.graph.inputs, *source.graph.producer}
+    producer = {value: node for node in quantized.graph.node for value in node.output}
+    made = {node.name: node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
+    found = {}
+    for node in quantized.graph.node:
+        name = node.name.removesuffix("_QuantizeLinear")
+        read = node.input[0] if node.op_type == "QuantizeLinear" and node.name.endswith("_QuantizeLinear") and name not in known else None
+        before = producer.get(read) if read is not None else None
+        if before is not None and before.op_type == "Clip":  # it keeps the copy's floats in range
+            before = producer.get(before.input[0])
+        if before is None or before.op_type != "DequantizeLinear":
+            continue
+        origin, own = before.name.removesuffix("_DequantizeLinear"), made.get(f"{name}_DequantizeLinear")
+        if origin in known and own is not None:
+            found[name] = Copy(origin, tuple(reader.name for reader in quantized.graph.node if own in reader.input))
+    return found
 
 
 def _quantizers(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, onnx.NodeProto]:

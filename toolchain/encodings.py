@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
-from .quant_table import QuantSpec, QuantTable, TensorQuant
+from .quant_table import Copy, QuantSpec, QuantTable, TensorQuant
 
 FORMAT, VERSION = "mrecg-onnx encodings", 1
 
@@ -64,6 +64,11 @@ def spec_of(values: Mapping[str, Any]) -> QuantSpec:
     return QuantSpec(**{**values, "span": tuple(span) if span is not None else None})
 
 
+def copy_of(row: Mapping[str, Any]) -> Copy | None:
+    """What a row says of the value that its own is a copy of."""
+    return Copy(str(row["copy_of"]), tuple(map(str, row["readers"]))) if row.get("copy_of") is not None else None
+
+
 def _row(grid: TensorQuant) -> dict[str, Any]:
     defaults = asdict(QuantSpec(0, signed=False, symmetric=False))
     spec = {key: value for key, value in asdict(grid.spec).items() if key in ("bits", "signed", "symmetric") or value != defaults[key]}
@@ -72,6 +77,8 @@ def _row(grid: TensorQuant) -> dict[str, Any]:
         row["tied_to"] = grid.tied_to
     if grid.fixed:
         row["fixed"] = True
+    if grid.copy is not None:
+        row["copy_of"], row["readers"] = grid.copy.origin, list(grid.copy.readers)
     if grid.codes is not None:
         dtype = np.dtype("<i1" if grid.spec.bits <= 8 else "<i4")
         row["shape"] = list(grid.codes.shape)
@@ -90,4 +97,4 @@ def _grid(row: Mapping[str, Any]) -> TensorQuant:
         codes = flat.astype(np.int32).reshape(row["shape"])
         if codes.size and (codes.min() < spec.qmin or codes.max() > spec.qmax):
             raise ValueError(f"codes of {row['name']!r} are off their grid")
-    return TensorQuant(spec, scale, zero_point, codes, row.get("tied_to"), row.get("fixed", False))
+    return TensorQuant(spec, scale, zero_point, codes, row.get("tied_to"), row.get("fixed", False), copy_of(row))

@@ -29,6 +29,7 @@ def examine(
         progress: called as the work proceeds.
     """
     few, table = few_samples(source, samples, SAMPLES), quantized.table
+    source = source.with_copies(table.copies)
     types = infer_types(source, few.shapes, few.inputs)
     device = torch.device(quantized.device)
     model = TorchModel.of(source, types, cut_blocks(source, types, quantized.islands, Config()), device, max(few.count, CHUNK))

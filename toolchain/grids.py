@@ -93,6 +93,7 @@ def grids_of(source: SourceModel, placement: Placement, seen: Mapping[str, Histo
     """The grids of activations whose histograms are given and of all weights, with the codes of rounding to nearest."""
     table = {name: how.activation(seen[name], spec) for name, spec in placement.activations.items()}
     table |= shared_grids(placement, seen, how)
+    table |= {name: replace(table[name], copy=copy) for name, copy in placement.copies.items() if name in table}
     for name, origin in placement.tied.items():
         table[name] = replace(table[origin], tied_to=origin)
     for name, spec in placement.weights.items():

@@ -10,8 +10,9 @@ from .config import Config
 from .device import full_float32, pick_device
 from .grids import calibrate, with_biases
 from .importing import imported
+from .islands import find_islands
 from .memory import Room
-from .placement import Placement, match_nodes, own_precisions, place, without
+from .placement import Placement, match_nodes, operand_copies, own_precisions, place, without
 from .plan import Plan, block_rows, make_plan, measured
 from .progress import Progress
 from .quant_table import QuantTable
@@ -69,12 +70,15 @@ def quantize(
     samples = samples.chosen(config.calibration_samples, config.seed)
     types = infer_types(source, samples.shapes, samples.inputs)
     samples = samples.whole(types.batch)
+    own = own_precisions(source.graph, config.own_bits)
+    floats = match_nodes(source.graph, config.keep_float)
+    copies = operand_copies(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
+    source, types = source.with_copies(copies), types.with_copies(copies)
     model, islands, import_error = imported(source, types, samples, config, device)
     rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
     if config.merge:
         make_plan(source, rows, config)  # refuses names of blocks that there are none of, before the work begins
-    own = own_precisions(source.graph, config.own_bits)
-    placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float), islands, own)
+    placement = place(source, types, config.scheme, config.precision, floats, islands, own, copies)
     model = replace(model, room=room)
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)

@@ -3,7 +3,8 @@
 Learning and export both read the placement and nothing else. Common to all targets:
 
 * a weighted operator (Conv, ConvTranspose, Gemm, MatMul) reads an *operand*: its activation input has `activation_bits`, its weight
-  `weight_bits`. One quantizer belongs to the value, so every reader, an identity shortcut included, sees the quantized tensor;
+  `weight_bits`. One quantizer belongs to the value, so every reader sees the same tensor; but where an element-wise operator on integers
+  reads it too (an identity shortcut), and in more bits, the weighted ones read a copy with a grid of its own (`Precision.requantizes`);
 * a result is quantized behind its activation (Relu, Clip), never between the two;
 * data movement (MaxPool, Reshape, ...) keeps the grid of what it moves;
 * the first and last weighted layers, and what they read, have `first_last_bits`.
@@ -13,10 +14,11 @@ which costs nothing where the smallest integer kernels are 8 bits wide); whether
 that nothing on integers reads are quantized; whether a Concat has one grid; and the kind of each grid.
 """
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -25,7 +27,7 @@ from onnx import TensorProto
 from .errors import UsageError, near_misses
 from .graph import WEIGHT_INPUT, Graph, Node
 from .graph import channel_axis as graph_axis
-from .quant_table import QuantSpec, activation_spec, weight_spec
+from .quant_table import Copy, QuantSpec, activation_spec, weight_spec
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .source import SourceModel, ValueTypes
 from .stored import RECURRENT
@@ -76,6 +78,7 @@ class Placement:
     `activations` and `weights`: value name -> spec; `stored`: the same for weights that are kept as codes but computed with in float;
     `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value -> the value with which it has one grid, though
     each has a quantizer of its own. `met` names the nodes that read a quantizer, or whose weights are on a grid: those that bits matter to.
+    `copies`: the values that copy another for layers.
     """
 
     activations: Mapping[str, QuantSpec]
@@ -88,6 +91,7 @@ class Placement:
     first: frozenset[str]
     last: frozenset[str]
     met: frozenset[str]
+    copies: Mapping[str, Copy] = field(default_factory=dict)
 
 
 def place(
@@ -98,6 +102,7 @@ def place(
     keep_float: AbstractSet[str],
     islands: Mapping[str, str] = MappingProxyType({}),
     own: Mapping[str, Precision] = MappingProxyType({}),
+    copies: Mapping[str, Copy] = MappingProxyType({}),
 ) -> Placement:
     """Apply a scheme to a model.
 
@@ -109,23 +114,26 @@ def place(
         keep_float: names of nodes that are left alone.
         islands: names of nodes that torch cannot run, with the reasons.
         own: names of nodes with bit widths of their own.
+        copies: the values that the model has for layers, as `operand_copies` named them.
     """
     graph = source.graph
     bits_of = _BitsOf(precision, own)
     first, last = edges(graph)
-    reasons = {name: f"in a float island: {reason}" for name, reason in islands.items()} | dict.fromkeys(keep_float, _ON_REQUEST)
+    reasons = _reasons(keep_float, islands)
     stored, unstored = _stored_specs(source, scheme, bits_of, keep_float, islands.keys())
-    keep_float = reasons.keys()
     weights, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
     floats = [*_with_storage(source, floats, stored), *unstored]
-    flow = _Flow(source, frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT), keep_float, scheme)
+    flow = _Flow(source, _floats(types), reasons.keys(), scheme, copies.keys())
     integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
+    copied = {copy.origin for copy in copies.values()}
     activations: dict[str, QuantSpec] = {}
     tied: dict[str, str] = {}
     for value in dict.fromkeys([*graph.inputs, *(value for node in graph.nodes for value in node.outputs if value)]):
         origin = flow.source(value)
         if origin != value:
-            if origin in activations and (flow.integer_readers(value, integer) or flow.is_quantized_output(value)):
+            if origin in activations and (
+                flow.integer_readers(value, integer) or flow.is_quantized_output(value) or value in copied
+            ):  # fmt: skip
                 tied[value] = origin
             continue
         bits = _activation_bits(flow, value, integer, bits_of, first | last)
@@ -139,7 +147,49 @@ def place(
     met = {node.name for value in activations for node in flow.integer_readers(value, integer)}
     met |= {node.name for node in graph.weighted if graph.weight(node) in weights}
     met |= {node.name for name in stored for node in graph.readers_of(name)}
-    return Placement(activations, tied, shared, weights, stored, biases, tuple(floats), first, last, frozenset(met))
+    return Placement(activations, tied, shared, weights, stored, biases, tuple(floats), first, last, frozenset(met), copies)
+
+
+def operand_copies(
+    source: SourceModel,
+    types: ValueTypes,
+    scheme: Scheme,
+    precision: Precision,
+    keep_float: AbstractSet[str],
+    islands: Mapping[str, str] = MappingProxyType({}),
+    own: Mapping[str, Precision] = MappingProxyType({}),
+) -> dict[str, Copy]:
+    """The copies that layers need of values which another operator on integers reads in more bits, by the name of the copy.
+
+    Arguments are those of `place`, for the model without copies.
+    """
+    if not precision.requantizes:
+        return {}
+    graph, bits_of = source.graph, _BitsOf(precision, own)
+    first, last = edges(graph)
+    reasons = _reasons(keep_float, islands)
+    _, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
+    flow = _Flow(source, _floats(types), reasons.keys(), scheme)
+    integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
+    taken = {*graph.inputs, *graph.constants, *graph.producer}
+    copies: dict[str, Copy] = {}
+    for value in [*graph.inputs, *graph.producer]:
+        operands = [node for node in flow.direct_readers(value, integer) if node.op_type in WEIGHT_INPUT]
+        others = [node for node in flow.integer_readers(flow.source(value), integer) if node not in operands]
+        wanted, kept = (_asked_bits(readers, bits_of, first | last) for readers in (operands, others))
+        if wanted is not None and kept is not None and wanted < kept and value in flow.quantizable:
+            name = next(name for index in itertools.count() if (name := f"{value}_operand{index or ''}") not in taken)
+            copies[name] = Copy(value, tuple(node.name for node in operands))
+    return copies
+
+
+def _reasons(keep_float: AbstractSet[str], islands: Mapping[str, str]) -> dict[str, str]:
+    """Why nodes are left alone, by name."""
+    return {name: f"in a float island: {reason}" for name, reason in islands.items()} | dict.fromkeys(keep_float, _ON_REQUEST)
+
+
+def _floats(types: ValueTypes) -> frozenset[str]:
+    return frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT)
 
 
 def _weight_specs(
@@ -232,22 +282,27 @@ def _integer_nodes(flow: "_Flow", weighted: AbstractSet[str]) -> frozenset[str]:
 
 
 def _activation_bits(flow: "_Flow", value: str, integer: AbstractSet[str], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
-    """Bits of a value that is computed or fed (not moved); None where it stays float.
-
-    What was asked for a reader wins, the most of it where several readers were asked for: there is one quantizer for all.
-    """
+    """Bits of a value that is computed or fed (not moved); None where it stays float."""
     if value not in flow.quantizable or bits_of.general.activation_bits >= FLOAT_BITS:
         return None
-    readers = flow.integer_readers(value, integer)
+    bits = _asked_bits(flow.integer_readers(value, integer), bits_of, edge_nodes)
+    if bits is None and _is_quantized_result(flow, value, integer):
+        return bits_of.general.elementwise
+    return bits
+
+
+def _asked_bits(readers: Sequence[Node], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
+    """Bits of a quantizer that some operators on integers share; None where there are none.
+
+    What was asked for a reader wins, the most of it where several readers were asked for; else the layers among them decide.
+    """
     asked = [bits_of.own[node.name].activation_bits for node in readers if node.name in bits_of.own]
     if asked:
         return max(asked)
     operands = [node for node in readers if node.op_type in WEIGHT_INPUT]
     if operands:
         return min(bits_of.general.operand(node.name in edge_nodes) for node in operands)
-    if readers or _is_quantized_result(flow, value, integer):
-        return bits_of.general.elementwise
-    return None
+    return bits_of.general.elementwise if readers else None
 
 
 def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float] | None:
@@ -504,6 +559,7 @@ class _Flow:
     quantizable: AbstractSet[str]
     keep_float: AbstractSet[str]
     scheme: Scheme
+    copies: AbstractSet[str] = frozenset()
 
     @property
     def graph(self) -> Graph:
@@ -516,6 +572,7 @@ class _Flow:
             and node.name not in self.keep_float
             and len([v for v in node.outputs if v]) == 1
             and node.outputs[0] in self.quantizable
+            and node.outputs[0] not in self.copies
             and (node.op_type != "Pad" or self._pads_with_zero(node))
         )
 
@@ -532,6 +589,10 @@ class _Flow:
             value = node.inputs[0]
             node = self.graph.producer.get(value)
         return value
+
+    def direct_readers(self, value: str, integer: AbstractSet[str]) -> list[Node]:
+        """The integer operators that read a value itself."""
+        return [node for node in self.graph.readers_of(value) if node.name in integer and value in self._quantized_inputs(node)]
 
     def integer_readers(self, value: str, integer: AbstractSet[str]) -> list[Node]:
         """The integer operators that read a value, directly or rearranged."""

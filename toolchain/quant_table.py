@@ -54,12 +54,21 @@ def activation_spec(bits: int, symmetric: bool, span: tuple[float, float] | None
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A value that has the elements of another, its `origin`, and a grid of its own for the nodes named in `readers`."""
+
+    origin: str
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TensorQuant:
     """The grid of one value: `scale` and `zero_point` are scalars, arrays [C] along `spec.axis`, or one for each block.
 
     `codes` holds the integers of a constant (weights, biases) in the value's own ONNX layout; activations have none. `tied_to` names the
     value whose grid this one repeats: data movement (MaxPool, Reshape, ...) leaves the grid as it is. `fixed` grids are not learned: their
-    range is known, or shared with other values.
+    range is known, or shared with other values. `copy` is set for values
+    that copy one of the model's, for layers that read it in fewer bits than others do.
     """
 
     spec: QuantSpec
@@ -68,6 +77,7 @@ class TensorQuant:
     codes: np.ndarray | None = None
     tied_to: str | None = None
     fixed: bool = False
+    copy: Copy | None = None
 
     def expanded(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Scale and zero point, shaped to broadcast against an array of this shape."""
@@ -99,6 +109,11 @@ class QuantTable:
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    @property
+    def copies(self) -> dict[str, Copy]:
+        """The values that the model has not but the table gives it."""
+        return {name: grid.copy for name, grid in self.tensors.items() if grid.copy is not None}
 
     def updated(self, changes: Mapping[str, TensorQuant]) -> "QuantTable":
         return QuantTable({**self.tensors, **changes})

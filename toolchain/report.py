@@ -57,7 +57,7 @@ def run_report(
             "conventions": {
                 "target": config.scheme.convention,
                 "target_reasons": config.scheme.why,
-                "precision": config.precision.convention,
+                "precision": config.precision.convention + _requantized(quantized.table),
                 "first_layers": sorted(quantized.placement.first),
                 "last_layers": sorted(quantized.placement.last),
                 "algorithm": _algorithm(config),
@@ -152,6 +152,15 @@ def coverage(source: SourceModel, table: QuantTable) -> dict[str, Any]:
     }
 
 
+def _requantized(table: QuantTable) -> str:
+    """The values that layers read on a grid of their own, in words."""
+    copies = table.copies
+    if not copies:
+        return ""
+    kept = sorted({table[copy.origin].spec.bits for copy in copies.values() if copy.origin in table})
+    return f"; {len(copies)} operands that sums read too kept at {' and '.join(map(str, kept))} bits and requantized for the layers"
+
+
 def grids(table: QuantTable, fits: Sequence[GridFit] = ()) -> dict[str, Any]:
     """Bits, scales and fit by value name; the scales of per-channel grids as (least, largest)."""
     rows = {}
@@ -163,6 +172,8 @@ def grids(table: QuantTable, fits: Sequence[GridFit] = ()) -> dict[str, Any]:
         zero_point = int(grid.zero_point) if grid.zero_point.ndim == 0 else None
         kind = "activation" if grid.codes is None else "weight"
         row = {"kind": kind, "bits": grid.spec.bits, "scale": scale, "zero_point": zero_point, "tied_to": grid.tied_to}
+        if grid.copy is not None:
+            row |= {"copy_of": grid.copy.origin, "readers": list(grid.copy.readers)}
         rows[name] = row | fit_of.get(name, {})
     return rows
 

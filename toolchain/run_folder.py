@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .config import Config, flag
-from .encodings import spec_of
+from .encodings import copy_of, spec_of
 from .errors import StorageError, UsageError
 from .memory import SUFFIX
 from .quant_table import TensorQuant
@@ -125,7 +125,8 @@ class RunFolder:
         for index, (value, grid) in enumerate(stage.tensors.items()):
             parts = {"scale": grid.scale, "zero_point": grid.zero_point, "codes": grid.codes}
             arrays |= {f"{index}.{part}": np.asarray(array) for part, array in parts.items() if array is not None}
-            rows.append({"name": value, "spec": asdict(grid.spec), "tied_to": grid.tied_to, "fixed": grid.fixed})
+            copy = {"copy_of": grid.copy.origin, "readers": grid.copy.readers} if grid.copy is not None else {}
+            rows.append({"name": value, "spec": asdict(grid.spec), "tied_to": grid.tied_to, "fixed": grid.fixed, **copy})
         text = json.dumps({"run": self._identity, "tensors": rows, "facts": dict(stage.facts)})
         arrays["stage"] = np.frombuffer(text.encode(), np.uint8)
         arrays["sha256"] = np.frombuffer(bytes.fromhex(digest(arrays)), np.uint8)
@@ -152,7 +153,7 @@ class RunFolder:
         for index, row in enumerate(stored["tensors"]):
             scale, zero_point = arrays[f"{index}.scale"][()], arrays[f"{index}.zero_point"][()]
             codes = arrays.get(f"{index}.codes")
-            tensors[row["name"]] = TensorQuant(spec_of(row["spec"]), scale, zero_point, codes, row["tied_to"], row["fixed"])
+            tensors[row["name"]] = TensorQuant(spec_of(row["spec"]), scale, zero_point, codes, row["tied_to"], row["fixed"], copy_of(row))
         return Stage(tensors, stored["facts"])
 
     def remove(self) -> None:

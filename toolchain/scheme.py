@@ -215,6 +215,8 @@ class Precision:
 
     `reduce_range` gives 8-bit weights that meet 8-bit activations 7 bits. x86 CPUs without VNNI add pairs of such products in 16 bits:
     2 x 255 x 128 saturates there, silently, and 2 x 255 x 64 does not. `block_size` cuts the weights of matrix products into blocks.
+    `requantizes`: a value that element-wise operators read too keeps `elementwise_bits`, and layers read a copy on their own grid; else all
+    read it on the grid of the layers.
     """
 
     weight_bits: int = 4
@@ -223,6 +225,7 @@ class Precision:
     first_last_bits: int | None = 8
     reduce_range: bool = True
     block_size: int | None = None
+    requantizes: bool = True
 
     def weight(self, edge: bool) -> int:
         bits = max(self.weight_bits, self.first_last_bits or 0) if edge else self.weight_bits

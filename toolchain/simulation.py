@@ -29,6 +29,7 @@ def simulate(
         device: where.
         islands: nodes left to ONNX Runtime, as `Quantized` names them.
     """
+    source = source.with_copies(table.copies)
     types = infer_types(source, samples.shapes, samples.inputs)
     islands = find_islands(source, types) if islands is None else islands
     model = TorchModel.of(source, types, cut_blocks(source, types, islands, Config()), device)
@@ -51,6 +52,7 @@ def simulated_values(
     source: SourceModel, table: QuantTable, samples: Samples, islands: Mapping[str, str] | None = None
 ) -> dict[str, np.ndarray]:
     """Every value of the quantized model in torch on the CPU, graph inputs included, by name, in one forward pass over few samples."""
+    source = source.with_copies(table.copies)
     types = infer_types(source, samples.shapes, samples.inputs)
     blocks = cut_blocks(source, types, find_islands(source, types) if islands is None else islands, Config())
     model = TorchModel.of(source, types, blocks, torch.device("cpu"), max(samples.count, CHUNK))

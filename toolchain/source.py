@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -13,9 +13,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from . import runtime
+from .copies import insert_copies
 from .errors import MrecgError, UnsupportedModelError
 from .graph import Graph, Node, schedule
 from .normalise import normalised, read, subgraphs
+from .quant_table import Copy
 from .stored import StoredWeight, find_stored, lift_weights
 from .widen import widened
 
@@ -79,6 +81,16 @@ class SourceModel:
         sizes = [spec.shape[spec.axis] for spec in self.inputs if spec.axis is not None]
         return next((size for size in sizes if isinstance(size, int)), None)
 
+    def with_copies(self, copies: Mapping[str, Copy]) -> "SourceModel":
+        """The model with copies of values for some of their readers; itself where it has them already."""
+        if copies.keys() <= self.graph.producer.keys():
+            return self
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        insert_copies(model.graph, copies)
+        nodes = tuple(_node(proto) for proto in model.graph.node)
+        return replace(self, model=model, graph=replace(self.graph, nodes=nodes))
+
     @cached_property
     def opset(self) -> int:
         return next(entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx"))
@@ -122,6 +134,21 @@ class ValueTypes:
     shared: frozenset[str] = frozenset()
     others: Mapping[str, onnx.TypeProto] = field(default_factory=dict)
     batch: int | None = None
+
+    def with_copies(self, copies: Mapping[str, Copy]) -> "ValueTypes":
+        """A copy is what its origin is."""
+
+        def extended(names: frozenset[str]) -> frozenset[str]:
+            return names | {name for name, copy in copies.items() if copy.origin in names}
+
+        return replace(
+            self,
+            dtypes={**self.dtypes, **{name: self.dtypes[copy.origin] for name, copy in copies.items() if copy.origin in self.dtypes}},
+            shapes={**self.shapes, **{name: self.shapes[copy.origin] for name, copy in copies.items() if copy.origin in self.shapes}},
+            batched=extended(self.batched),
+            stacked=extended(self.stacked),
+            shared=extended(self.shared),
+        )
 
 
 def load_source(path: str | Path) -> SourceModel:

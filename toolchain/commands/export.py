@@ -47,6 +47,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     from exporters.qdq import write_text
 
     from .. import encodings
+    from ..normalise import read
     from ..placement import channel_axis
     from ..scheme import scheme_for
     from ..source import load_source
@@ -60,6 +61,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     if '"activation_encodings"' in text:
         axes = {weight: channel_axis(source, node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
         table = aimet.from_aimet(aimet.loads(text, str(table_file)), source.constants, axes, str(table_file))
+        table = aimet.with_copies(read(model), table)
     else:
         loaded = encodings.loads(text, str(table_file))
         table, learned_for = loaded.table, loaded.target
@@ -67,7 +69,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
             raise UsageError(
                 f"{table_file}: was learned on another model (SHA-256 {loaded.source_sha256[:12]}, {model} has {source.sha256[:12]})"
             )
-    known = {*source.constants, *source.graph.inputs, *(value for node in source.graph.nodes for value in node.outputs)}
+    known = {*source.constants, *source.graph.inputs, *source.graph.producer, *table.copies}
     stray = next((name for name in table if name not in known), None)
     if stray is not None:
         raise UsageError(f"{table_file}: {model} has no value {stray!r}{near_misses(stray, known)}")
