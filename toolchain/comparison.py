@@ -49,7 +49,8 @@ def method(text: str, base: Config) -> Config:
     prefix, _, algorithm = text.rpartition("+")
     name, _, units = prefix.partition(":")
     units = units or ("loss" if prefix else "none")
-    if algorithm not in ALGORITHMS or name not in ("", "mrecg") or units not in UNITS or units == "manual":
+    joins = algorithm in ("brecq", "qdrop")
+    if algorithm not in ALGORITHMS or name not in ("", "mrecg") or units not in UNITS or units == "manual" or (prefix and not joins):
         raise UsageError(
             f"method {text!r}: expected one of {', '.join(ALGORITHMS)}, or mrecg+brecq, mrecg+qdrop, mrecg:UNITS+qdrop with UNITS one of "
             f"{', '.join(u for u in UNITS if u != 'manual')}"
@@ -108,7 +109,7 @@ def run_jobs(
             step = done / max(total, 1) if what.startswith("recon") else 0.0
             progress(f"run {text}", round(1000 * (index + step)), 1000 * len(todo), loss)
 
-        row = head | measured(source, calibration, evaluation, job.config, export, shown)
+        row = head | measured(source, calibration, evaluation, job.config, export, shown) | {"note": calibration.note}
         rows[keys[-1][0]] = report.finite(row)
         facts = {"model": str(source.path), "environment": environment, "rows": list(rows.values())}
         report.write_text(place, report.as_json(facts))

@@ -78,6 +78,7 @@ def comparison_page(facts: dict[str, Any], lines: list[dict[str, Any]]) -> str:
         f"{known}; {environment['gpu'] or environment['processor']}. "
         "Dots are means over seeds, bars one standard deviation; without bars there was one seed."
     )
+    text += "".join(f" Calibration: {note}." for note in dict.fromkeys(row.get("note") for row in facts["rows"]) if note)
     sections = []
     for precision in dict.fromkeys(line["precision"] for line in lines):
         own = [line for line in lines if line["precision"] == precision]
