@@ -25,6 +25,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, version_converter
 
+import toolchain.large as large
 from toolchain.copies import insert_copies
 from toolchain.errors import ExportError
 from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize, quantize
@@ -70,9 +71,22 @@ def export_qdq(
 def write_model(model: onnx.ModelProto, path: Path) -> None:
     """Write a model beside its place and move it there, so that no half-written file is ever seen.
 
+    What does not fit into one protobuf goes into `path` + `.data`.
+
     Raises:
         ExportError: the folder cannot be written.
     """
+    if large.weight_bytes(model) > large.LIMIT:
+        try:
+            large.stored(model, path)
+        except OSError as error:
+            raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error
+        return
+    if large.folder_of(model) is not None:
+        whole = onnx.ModelProto()
+        whole.CopyFrom(model)
+        large.brought_in(whole)
+        model = whole
     _write(model.SerializeToString(deterministic=True), path)
 
 
@@ -102,8 +116,9 @@ def _write(content: bytes, path: Path) -> None:
 
 
 def _complaint(model: onnx.ModelProto) -> str | None:
+    whole = large.weight_bytes(model) <= large.OUTSIDE and large.folder_of(model) is None
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(model if whole else large.skeleton(model))
     except onnx.checker.ValidationError as error:
         return str(error)
     return None
@@ -144,7 +159,7 @@ def _at_opset(model: onnx.ModelProto, storage: Storage | None) -> onnx.ModelProt
         copy.CopyFrom(model)
         return copy
     try:
-        raised = version_converter.convert_version(model, needed)
+        raised = large.with_weights_of(model, lambda graph: version_converter.convert_version(graph, needed))
     except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
         raise ExportError(
             f"{storage.dtype} codes need opset {needed}, and opset {opset} cannot be raised: {error}; --storage fast and 8-bit activations "

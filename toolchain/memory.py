@@ -93,7 +93,9 @@ def demand(
             work, where = found, block.name
     chosen = samples * inputs  # the samples that were drawn, beside those that were read
     weights = sum(array.nbytes for array in source.constants.values())
-    return Demand(resident() + chosen + _LIBRARIES + 2 * weights, caches, work, where)
+    # As arrays and as codes; where the weights are outside, only their codes are held, in the table and in the file that is made of it.
+    held = 2 * weights if source.shelf is None else weights // 2
+    return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where)
 
 
 def _work(source: SourceModel, block: Block, sizes: Mapping[str, int], grids: AbstractSet[str], batch: int, pass_size: int) -> int:

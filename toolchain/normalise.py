@@ -24,7 +24,7 @@ def read(path: Path) -> onnx.ModelProto:
     if not path.is_file():
         raise UnsupportedModelError(f"{path}: no such file")
     try:
-        model = onnx.load(path)
+        model = large.load(path)
     except DecodeError:
         raise UnsupportedModelError(f"{path}: not an ONNX file, or cut short (the protobuf cannot be parsed)") from None
     except (onnx.checker.ValidationError, OSError, ValueError) as error:
@@ -32,7 +32,7 @@ def read(path: Path) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         raise UnsupportedModelError(f"{path}: not an ONNX model (no nodes or no operator set)")
     try:
-        onnx.checker.check_model(str(path) if large.is_large(model) else model)
+        onnx.checker.check_model(str(path) if large.weight_bytes(model) > large.OUTSIDE else model)
     except onnx.checker.ValidationError as error:
         try:
             runtime.session(model)  # the checker refuses some files that run: outputs without a shape, say
@@ -41,12 +41,16 @@ def read(path: Path) -> onnx.ModelProto:
     return model
 
 
-def normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) -> onnx.ModelProto:
     """Functions inlined, opset raised to 13, constants lifted and folded, every node named; value names stay.
+
+    With a `shelf`, a folder, the weights are kept in a file there.
 
     Raises:
         UnsupportedModelError: ONNX cannot raise its opset, or ONNX Runtime does not load it.
     """
+    if shelf is not None:
+        large.moved_out(model, shelf / "read.weights")
     original_names = {tensor.name for tensor in model.graph.initializer}
     domains = {entry.domain for entry in model.opset_import}
     if model.functions:
@@ -54,7 +58,7 @@ def normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < MIN_OPSET:
         try:
-            model = version_converter.convert_version(model, MIN_OPSET)
+            model = large.with_weights_of(model, lambda graph: version_converter.convert_version(graph, MIN_OPSET))
         except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
             raise UnsupportedModelError(f"{path}: opset {opset} cannot be raised to {MIN_OPSET}: {error}") from error
     model.ir_version = max(model.ir_version, 4)  # before 4 every initializer had to be a graph input, which blocks constant folding
@@ -62,7 +66,9 @@ def normalised(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     for value in [value for value in model.graph.input if value.name in constants]:
         model.graph.input.remove(value)
     _name_nodes(model.graph)  # ONNX Runtime refuses two nodes of one name
-    model = runtime.cleaned(model)
+    model = runtime.cleaned(model, shelf)
+    if shelf is not None:
+        (shelf / "read.weights").unlink()
     used = {node.domain for node in model.graph.node} | {"", "ai.onnx"} | domains
     imports = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]

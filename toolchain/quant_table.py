@@ -79,6 +79,11 @@ class TensorQuant:
     fixed: bool = False
     copy: Copy | None = None
 
+    def __post_init__(self) -> None:
+        """Codes of up to 8 bits are held in bytes: as int32 they would take as much memory as the float weights."""
+        if self.codes is not None and self.spec.bits <= 8 and self.codes.dtype.itemsize > 1:
+            object.__setattr__(self, "codes", self.codes.astype(np.int8 if self.spec.signed else np.uint8))
+
     def expanded(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         """Scale and zero point, shaped to broadcast against an array of this shape."""
         return tuple(_expanded(np.asarray(parameter), self.spec, shape) for parameter in (self.scale, self.zero_point))  # pyright: ignore[reportReturnType]

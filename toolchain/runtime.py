@@ -77,8 +77,10 @@ def optimized(model: Path, provider: str = CPU) -> onnx.GraphProto:
         return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
 
-def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:
+def cleaned(model: onnx.ModelProto, shelf: Path | None = None) -> onnx.ModelProto:
     """Return the model after ONNX Runtime's basic level: constants lifted and folded, BatchNorm and padding folded, identities removed.
+
+    With a `shelf`, a folder, its weights are outside, in a file there.
 
     Compared on the benchmark models: onnxruntime basic, onnxslim 0.1.98, onnxscript 0.7 and onnxsim 0.8 all keep value names and outputs.
     This one folds as much as the best of them, is the fastest (under 0.1 s), needs no further dependency, and is by construction what the
@@ -88,11 +90,14 @@ def cleaned(model: onnx.ModelProto) -> onnx.ModelProto:
         options = ort.SessionOptions()
         options.graph_optimization_level = Optimization.BASIC.value
         options.optimized_model_filepath = str(Path(folder) / "cleaned.onnx")
-        if large.is_large(model):
-            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "cleaned.weights")
-            options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+        if shelf is None:
+            _open(model, options, CPU)
+            return onnx.load(options.optimized_model_filepath)
+        options.optimized_model_filepath = str(shelf / "cleaned.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "cleaned.weights")
+        options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         _open(model, options, CPU)
-        return onnx.load(options.optimized_model_filepath)
+        return large.load(shelf / "cleaned.onnx")
 
 
 def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
@@ -240,9 +245,13 @@ def _open(
     providers = [provider] if provider == CPU else [provider, CPU]
     if isinstance(model, onnx.ModelProto) and large.is_large(model):
         with tempfile.TemporaryDirectory() as folder:
-            return _open(large.stored(model, Path(folder)), options, provider, without)
+            large.stored(model, Path(folder) / "model.onnx")
+            return _open(Path(folder) / "model.onnx", options, provider, without)
+    if isinstance(model, onnx.ModelProto) and (weights := large.folder_of(model)) is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy what is mapped into memory
     try:
-        serialized = str(model) if isinstance(model, Path) else model.SerializeToString()
+        serialized = str(model) if isinstance(model, Path) else large.serialized(model)
         # A second try only helps where CUDA failed; on the CPU it would print a banner and fail again.
         return ort.InferenceSession(
             serialized, options, providers=providers, disabled_optimizers=set(without) or None, enable_fallback=int(provider != CPU)

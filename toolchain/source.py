@@ -10,9 +10,9 @@ from types import MappingProxyType
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx import TensorProto, helper, shape_inference
 
-from . import runtime
+from . import large, runtime
 from .copies import insert_copies
 from .errors import MrecgError, UnsupportedModelError
 from .graph import Graph, Node, schedule
@@ -57,7 +57,8 @@ class SourceModel:
     """A checked and normalised float model.
 
     `model` is the normalised protobuf (treated as frozen): constants are initializers, BatchNorm is folded where that is exact, every node
-    has a unique name, opset >= 13. Value names, graph inputs and outputs, metadata and open axes are those of the file.
+    has a unique name, opset >= 13. Value names, graph inputs and outputs, metadata and open axes are those of the file. `shelf` is the
+    folder of a large model's weights, which are outside of `model`; it lives as long as this.
     """
 
     path: Path
@@ -66,11 +67,12 @@ class SourceModel:
     graph: Graph
     inputs: tuple[InputSpec, ...]
     notes: tuple[str, ...] = ()
+    shelf: large.Shelf | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def constants(self) -> Mapping[str, np.ndarray]:
         """The initializers as arrays, by name (read only)."""
-        arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in self.model.graph.initializer}
+        arrays = {tensor.name: large.array(tensor) for tensor in self.model.graph.initializer}
         for array in arrays.values():
             array.setflags(write=False)
         return MappingProxyType(arrays)
@@ -176,7 +178,8 @@ def _loaded(path: Path) -> SourceModel:
     model = read(path)
     quantized = next((n for n in model.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
     model, notes = widened(model)
-    model = normalised(model, path)
+    shelf = large.Shelf() if large.weight_bytes(model) > large.OUTSIDE else None
+    model = normalised(model, path, shelf.folder if shelf is not None else None)
     lift_weights(model.graph)
     nodes = schedule([_node(proto) for proto in model.graph.node], [output.name for output in model.graph.output])
     if not nodes:
@@ -192,7 +195,9 @@ def _loaded(path: Path) -> SourceModel:
         raise UnsupportedModelError(f"{path}: has no inputs; there is nothing to calibrate it on")
     if not graph.weighted and not find_stored(model, graph):
         raise UnsupportedModelError(f"{path}: {_why_weightless(model, quantized)}")
-    return SourceModel(path, hashlib.sha256(path.read_bytes()).hexdigest(), model, graph, inputs, notes)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return SourceModel(path, digest, model, graph, inputs, notes, shelf)
 
 
 def _why_weightless(model: onnx.ModelProto, quantized: onnx.NodeProto | None) -> str:
@@ -345,9 +350,9 @@ def _inferred(source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]],
     for spec in source.inputs:
         dtype = helper.np_dtype_to_tensor_dtype(spec.dtype)
         fed.append(helper.make_tensor_value_info(spec.name, dtype, spec.full_shape(batch, sample_shapes[spec.name])))
-    large = [t for t in graph.initializer if int(np.prod(t.dims)) > _LARGE]
-    fed += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in large]
-    kept = {t.name for t in large}
+    many = [t for t in graph.initializer if int(np.prod(t.dims)) > _LARGE]
+    fed += [helper.make_tensor_value_info(t.name, t.data_type, list(t.dims)) for t in many]
+    kept = {t.name for t in many}
     outputs = [onnx.ValueInfoProto(name=output.name) for output in graph.output]
     skeleton = helper.make_graph(list(graph.node), graph.name, fed, outputs, [t for t in graph.initializer if t.name not in kept])
     model = helper.make_model(skeleton, opset_imports=list(source.model.opset_import), ir_version=source.model.ir_version)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from . import runtime
+from . import large, runtime
 from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
 from .kernels import KernelCheck, check_kernels
 from .runtime import Optimization
@@ -147,11 +147,11 @@ def validate(
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
         simulation=parity(simulated, outputs, head) if simulated is not None else None,
         unfused=parity(unfused, outputs, head),
-        integer_arithmetic=check_kernels(onnx.load(quantized), samples.inputs, provider),
+        integer_arithmetic=check_kernels(large.load(quantized), samples.inputs, provider),
         simulated_arithmetic=simulated_arithmetic,
         top1_simulated=accuracy(simulated, 1),
         float_bytes=float_bytes,
-        quantized_bytes=quantized.stat().st_size,
+        quantized_bytes=large.file_bytes(quantized),
         latency=_latency(float_session, deployed, samples),
         kernels=dict(sorted(Counter(node.op_type for node in executed.node).items())),
         float_operators=float_operators(executed),

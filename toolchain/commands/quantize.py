@@ -197,9 +197,9 @@ def _validated(
     device: str,
 ) -> "ValidationReport":
     """The written file against the float model, and against what was learned."""
-    import onnx
     import torch
 
+    from .. import large
     from ..kernels import check_simulation
     from ..simulation import few_samples, simulate, simulated_values
     from ..validation import validate
@@ -208,7 +208,7 @@ def _validated(
     simulated = simulate(source, table, evaluation, torch.device(quantized.device), islands)
     few = few_samples(source, evaluation, _EXACTNESS_SAMPLES)
     exactness = check_simulation(exported, table, simulated_values(source, table, few, islands), few.inputs)
-    return validate(onnx.load(model), output, evaluation, model.stat().st_size, device, simulated, exactness)
+    return validate(model, output, evaluation, large.file_bytes(model), device, simulated, exactness)
 
 
 def _show_plan(source: "SourceModel", rows: "tuple[BlockRow, ...]", config: Config, memory: str, shown: Shown) -> None:

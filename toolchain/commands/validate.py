@@ -30,15 +30,13 @@ def validate_command(float_model: Path, quantized_model: Path, device: str, as_j
             raise UsageError("--eval-data is missing: samples to compare the models on")
         if not quantized_model.is_file():
             raise UsageError(f"{quantized_model}: no such file")
-        import onnx
-
-        from .. import report, terminal
+        from .. import large, report, terminal
         from ..source import load_source
         from ..validation import validate
 
         source = load_source(float_model)
         samples = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
-        checked = validate(onnx.load(float_model), quantized_model, samples, float_model.stat().st_size, device)
+        checked = validate(float_model, quantized_model, samples, large.file_bytes(float_model), device)
         facts = report.validation_report(checked)
         if as_json:
             click.echo(report.as_json(facts), nl=False)
