@@ -170,7 +170,8 @@ def test_damaged_stages_are_done_again(damage: str, place: Path, expected: bytes
     path = place / "net.w4a4.run" / "unit-001.npz"
     content = bytearray(path.read_bytes())
     if damage == "flip":
-        content[len(content) // 2] ^= 1
+        middle = len(content) // 2  # a single byte there may be one that the archive has no use for
+        content[middle : middle + 64] = bytes(byte ^ 1 for byte in content[middle : middle + 64])
     elif damage == "cut":
         del content[-40:]
     elif damage == "empty":
