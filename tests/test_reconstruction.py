@@ -140,12 +140,30 @@ def test_same_seed_same_codes(tmp_path: Path) -> None:
 
 def test_a_reconstruction_that_fails_keeps_the_calibrated_unit(tmp_path: Path) -> None:
     """Steps of a hundred times the weights' grid wreck every unit; none of it may reach the table."""
-    wrecked = run(tmp_path, weight_lr=0.0, activation_lr=50.0)
+    wrecked = run(tmp_path, weight_lr=0.0, activation_lr=50.0, bias_lr=0.0)
     plain = run(tmp_path, algorithm="mse", bias_correction=False)
     assert {result.kept for result in wrecked.results} == {"initial"}
     for name, grid in plain.table.tensors.items():
         assert np.array_equal(wrecked.table[name].scale, grid.scale)
         assert same_codes(wrecked.table[name], grid)
+
+
+def test_biases_are_learned(tmp_path: Path) -> None:
+    """Where nothing else is learned they lower the loss, and their codes count steps of s_x * s_w."""
+    frozen = {"weight_lr": 0.0, "activation_lr": 0.0, "algorithm": "brecq", "units": "none"}
+    found, still = run(tmp_path, bias_lr=0.01, **frozen), run(tmp_path, bias_lr=0.0, **frozen)
+    assert sum(result.loss_after for result in found.results) < 0.97 * sum(result.loss_after for result in still.results)
+    for name, bias in found.placement.biases.items():
+        assert np.array_equal(found.table[name].scale, found.table[bias.input].scale * found.table[bias.weight].scale)
+    assert any(not same_codes(found.table[name], still.table[name]) for name in found.placement.biases)
+
+
+def test_adaround_leaves_biases_to_the_weights(tmp_path: Path) -> None:
+    """Each is the float bias to half a step of s_x * s_w, as its paper has it."""
+    source, found = zoo.loaded(zoo.tiny_resnet(), tmp_path), run(tmp_path, algorithm="adaround")
+    for name in found.placement.biases:
+        error = np.abs(found.table[name].dequantized() - source.constants[name]) / found.table[name].scale
+        assert error.max() <= 0.51  # half a step, and what float32 leaves of the sum
 
 
 def test_merged_units_are_learned_jointly(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ class Settings:
         weight_lr: learning rate of the rounding logits V.
         activation_lr: learning rate of the activation steps, as a share of each calibrated step, annealed to 0 by a cosine; 0 leaves them
             as calibrated. The papers' absolute 4e-5 is this for a step of 0.4, which is that of a ReLU6 at 4 bits.
+        bias_lr: learning rate of the biases, as a share of the magnitude of each channel, annealed alike; 0 (the papers) leaves them.
         keep_probability: chance that an activation element is quantized during learning (QDrop 0.5, BRECQ 1.0).
         round_weight: weight of the rounding regulariser (the papers' lambda).
         warmup: share of the iterations without regulariser.
@@ -45,6 +46,7 @@ class Settings:
     batch_size: int = 32
     weight_lr: float = 1e-3
     activation_lr: float = 1e-4
+    bias_lr: float = 1e-5
     keep_probability: float = 0.5
     round_weight: float = 0.01
     warmup: float = 0.2
@@ -155,6 +157,13 @@ class Config:
     activation_lr: float | None = option(
         None, "Learning rate of the activation steps, as a share of each; default 1e-4 at 20000 iterations.", "reconstruction", low=0.0
     )
+    bias_lr: float | None = option(
+        None,
+        "Learning rate of the biases, as a share of each channel's magnitude; default 1e-5 at 20000 iterations with brecq and qdrop; "
+        "0, as in the papers: they stay.",
+        "reconstruction",
+        low=0.0,
+    )
     keep_probability: float | None = option(
         None,
         "Chance that an activation element is quantized while learning; default qdrop 0.5, else 1.",
@@ -246,6 +255,7 @@ class Config:
             batch_size=self.batch_size,
             weight_lr=self.weight_lr if self.weight_lr is not None else weight_rate * speedup,
             activation_lr=activation_lr if learns_steps else 0.0,
+            bias_lr=self.bias_lr if self.bias_lr is not None else (1e-5 * speedup if self.algorithm in ("brecq", "qdrop") else 0.0),
             keep_probability=self.keep_probability if self.keep_probability is not None else (0.5 if self.algorithm == "qdrop" else 1.0),
             round_weight=self.round_weight if self.round_weight is not None else (0.1 if has_depthwise else 0.01),
             warmup=self.warmup,

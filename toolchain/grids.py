@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -128,12 +129,14 @@ def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], how:
     return {name: replace(grids[leader], fixed=True) for name, leader in placement.shared.items()}
 
 
-def with_biases(source: SourceModel, placement: Placement, block: Block, table: QuantTable) -> QuantTable:
-    """Add the int32 codes of a block's biases, whose scales follow from the inputs' and the weights'."""
+def with_biases(
+    source: SourceModel, placement: Placement, block: Block, table: QuantTable, learned: Mapping[str, np.ndarray] = MappingProxyType({})
+) -> QuantTable:
+    """Add the int32 codes of a block's biases (the float ones, or what was learned), whose scales follow from inputs' and weights'."""
     inside = {node.name for node in block.nodes}
     return table.updated(
         {
-            name: calibrate_bias(source.constants[name], table[bias.weight], table[bias.input].scale, BIAS_BITS)
+            name: calibrate_bias(learned.get(name, source.constants[name]), table[bias.weight], table[bias.input].scale, BIAS_BITS)
             for name, bias in placement.biases.items()
             if bias.node in inside
         }

@@ -1,16 +1,17 @@
-"""The optimisation of one unit: learned rounding (AdaRound) and step sizes (LSQ) against the float unit's output (BRECQ, QDrop)."""
+"""The optimisation of one unit: rounding (AdaRound), step sizes (LSQ) and biases against the float unit's output (BRECQ, QDrop)."""
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from .activations import Passes, Piece, Value, laid_out, quantizing, run_piece
+from .bias_learning import LearnedBiases, biases_of
 from .config import Settings
 from .fake_quant import GAMMA, ZETA, Coins, LearnedStep, rounding_logits, soft_round
 from .losses import full_loss, loss_of
@@ -21,6 +22,13 @@ from .torch_import import TorchBlock
 _CURVE_POINTS = 40
 _SMALLEST_FACTOR = 0.01  # of the calibrated step: Adam must not carry a step through zero
 _DECIDED = 0.95  # |2h - 1| above which a rounding counts as decided before it is made hard
+
+
+class Finish(Protocol):
+    """Completes a table, given the float biases that were learned, with what follows from it: codes of biases, tied values."""
+
+    def __call__(self, learned: QuantTable, biases: Mapping[str, np.ndarray] = ..., /) -> QuantTable: ...
+
 
 Progress = Callable[[int, int, float], None]
 """Called now and then with (iteration, iterations, reconstruction loss)."""
@@ -81,12 +89,12 @@ def reconstruct_unit(
     device: torch.device,
     table: QuantTable,
     done: AbstractSet[str],
-    finish: Callable[[QuantTable], QuantTable],
+    finish: Finish,
     settings: Settings,
     seed: int,
     progress: Progress,
 ) -> tuple[UnitResult, dict[str, Value]]:
-    """Learn the rounding of a unit's weights and the steps of the activations it makes.
+    """Learn the rounding of a unit's weights, its biases and the steps of the activations it makes.
 
     Args:
         piece: the unit.
@@ -98,7 +106,7 @@ def reconstruct_unit(
         device: where they are.
         table: grids of the unit's activations and weights, with the codes of rounding to nearest.
         done: weights that an earlier unit shares and has learned; they are left alone.
-        finish: completes a table with what follows from it (biases, tied values).
+        finish: completes a table.
         settings: hyper-parameters.
         seed: of the mini-batches and the dropping.
         progress: called now and then.
@@ -121,8 +129,9 @@ def reconstruct_unit(
     settled = {name for name in piece.weights if name in table and (name in done or table[name].fixed)}
     fixed = {name: table[name].dequantized() if name in settled else floats[name] for name in piece.weights}
     draw = Draw(inputs, float_inputs, targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
-    learned, curve, undecided = _learn(piece, weights, fixed, draw, table, settings, progress)
-    after = finish(learned)
+    biases = LearnedBiases(biases_of(piece.block.nodes, before) if settings.bias_lr > 0 else [], floats, table, device)
+    learned, curve, undecided = _learn(piece, weights, fixed, biases, draw, table, settings, progress)
+    after = finish(learned, biases.arrays())
     loss_after, outputs_after = outcome(after)
     better = loss_after < loss_before
     if not better:
@@ -149,6 +158,7 @@ def _learn(
     piece: TorchBlock,
     weights: Sequence[str],
     floats: Mapping[str, np.ndarray],
+    biases: LearnedBiases,
     draw: Draw,
     table: QuantTable,
     settings: Settings,
@@ -159,13 +169,17 @@ def _learn(
     constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in floats.items()}
     made = [value for node in piece.block.nodes for value in node.outputs]
     grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
-    learns_steps = settings.activation_lr > 0 and not all(grid.fixed for grid in grids.values())
+    learns_steps = settings.activation_lr > 0
     # A step is learned as a factor of the calibrated one, so that its rate means the same for every activation and bit width.
     factors = {name: torch.ones((), device=device, requires_grad=learns_steps and not grid.fixed) for name, grid in grids.items()}
     calibrated = {name: torch.tensor(float(grid.scale), device=device) for name, grid in grids.items()}
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
     moving = [factor for factor in factors.values() if factor.requires_grad]
-    step_optimizer = torch.optim.Adam(moving, lr=settings.activation_lr, fused=True) if learns_steps else None
+    groups = [
+        {"params": ps, "lr": rate, "first": rate} for ps, rate in ((moving, settings.activation_lr), (biases.parameters, settings.bias_lr))
+    ]
+    groups = [group for group in groups if group["params"]]
+    annealed = torch.optim.Adam(groups, fused=True) if groups else None
     coins = Coins(settings.keep_probability, draw.generator) if settings.keep_probability < 1.0 else None
 
     def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -178,23 +192,24 @@ def _learn(
     every = max(settings.iterations // _CURVE_POINTS, 1)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
-        soft, batches = rounding.soft_weights(), draw.selections()
+        soft, moved, batches = rounding.soft_weights(), biases.tensors(), draw.selections()
         loss = torch.zeros((), device=device)
         for selection in batches:
             fed, targets = draw.batch(selection, coins)
-            part = loss_of(piece(fed | constants | soft, quantize), targets, draw.shares) / len(batches)
+            part = loss_of(piece(fed | constants | soft | moved, quantize), targets, draw.shares) / len(batches)
             if part.requires_grad:
-                part.backward()
+                part.backward(retain_graph=selection is not batches[-1])  # the batches share the biases
             loss += part.detach()
         beta = _beta(iteration, settings)
         is_point = iteration % every == 0 or iteration == settings.iterations - 1
         state = torch.stack([loss, *rounding.state(settings.round_weight, beta)]) if is_point else None
         rounding.set_gradient(settings.round_weight, beta)
         weight_optimizer.step()
-        if step_optimizer is not None:
-            step_optimizer.param_groups[0]["lr"] = settings.activation_lr * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
-            step_optimizer.step()
-            step_optimizer.zero_grad(set_to_none=True)
+        if annealed is not None:
+            for group in annealed.param_groups:
+                group["lr"] = group["first"] * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
+            annealed.step()
+            annealed.zero_grad(set_to_none=True)
             with torch.no_grad():
                 for factor in moving:
                     factor.clamp_(min=_SMALLEST_FACTOR)

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,9 @@ def reconstruct(
                 device=units.device,
                 table=table,
                 done=learnt,
-                finish=lambda learned, block=piece.block: retied(placement, with_biases(source, placement, block, learned)),
+                finish=lambda learned, biases=MappingProxyType({}), block=piece.block: retied(
+                    placement, with_biases(source, placement, block, learned, biases)
+                ),
                 settings=config.settings(has_depthwise(source, piece.block)),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),

@@ -31,9 +31,10 @@ from torch import nn
 from tests import zoo
 from toolchain import reconstruction, report
 from toolchain.activations import Passes, TorchModel, Value
+from toolchain.bias_learning import LearnedBiases, biases_of
 from toolchain.config import Config, Settings
 from toolchain.cpu import keep_freed_memory
-from toolchain.grids import calibrate
+from toolchain.grids import calibrate, with_biases
 from toolchain.losses import loss_of
 from toolchain.minibatch import Draw
 from toolchain.placement import place
@@ -117,7 +118,8 @@ def setting(design: Design, folder: Path, batch: int, iterations: int) -> Settin
     model = TorchModel.of(source, types, [block], torch.device("cpu"))
     (piece,) = model.pieces
     assert isinstance(piece, TorchBlock)
-    table = calibrate(model, place(source, types, config.scheme, config.precision, frozenset()), samples.first(16), config)
+    placement = place(source, types, config.scheme, config.precision, frozenset())
+    table = with_biases(source, placement, block, calibrate(model, placement, samples.first(16), config))
     floats, quantized = model.stream(samples.inputs), model.stream(samples.inputs, table)
     inputs, float_inputs, targets = quantized.of(block.inputs), floats.of(block.inputs), model.run(piece, floats)
     return Setting(model, piece, table, inputs, float_inputs, targets, floats.passes, config.settings(has_depthwise=True))
@@ -142,7 +144,8 @@ def ours(s: Setting) -> Callable[[], None]:
     """This project's learning loop."""
     weights, constants = reconstruction.learned_weights(s.piece, s.table), s.model.source.constants
     floats = {name: constants[name] for name in s.piece.weights}
-    return lambda: _ignore(reconstruction._learn(s.piece, weights, floats, s.draw(), s.table, s.settings, _ignore))
+    biases = LearnedBiases(biases_of(s.piece.block.nodes, s.table), constants, s.table, torch.device("cpu"))
+    return lambda: _ignore(reconstruction._learn(s.piece, weights, floats, biases, s.draw(), s.table, s.settings, _ignore))
 
 
 def _ignore(*_: object) -> None:
