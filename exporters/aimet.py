@@ -24,12 +24,14 @@ def to_aimet(table: QuantTable) -> dict[str, Any]:
     """The encodings of a table, as JSON-ready data.
 
     Raises:
-        ExportError: a block-wise grid, which version 1.0.0 expresses for other arithmetic only.
+        ExportError: a block-wise grid, which version 1.0.0 expresses for other arithmetic only, or an fp8 one.
     """
     groups: dict[str, list[dict[str, Any]]] = {"activation_encodings": [], "param_encodings": []}
     for name, grid in table.tensors.items():
         if grid.spec.block is not None:
             raise ExportError(f"{name}: AIMET encodings 1.0.0 have no block-wise grids; quantize without --block-size")
+        if grid.spec.float8:
+            raise ExportError(f"{name}: AIMET encodings 1.0.0 are of integer grids; quantize with --number-format int")
         bits = grid.spec.bits
         shift = 1 << (bits - 1) if grid.spec.signed else 0
         groups["activation_encodings" if grid.codes is None else "param_encodings"].append(

@@ -262,6 +262,11 @@ def _ort_cpu(file: File) -> Iterator[Violation]:
     for pair in file.pairs:
         if pair.is_constant and pair.kind == TensorProto.INT8 and pair.zero_point is not None and pair.zero_point.any():
             yield _at(pair.node, "weights with zero points: the kernel has no int8 weights with a zero point for each channel", "slow")
+        made = file.producer.get(pair.node.input[0]) if pair.quantizes and pair.kind in _FLOAT8 else None
+        if made is not None and made.op_type == "Clip":
+            yield _at(pair.node, f"the optimiser fails on a Clip in front of a quantizer to {_NAMES(pair.kind)}")
+        elif made is not None and made.op_type == "Relu":
+            yield _at(pair.node, f"the optimiser drops a Relu in front of a quantizer to {_NAMES(pair.kind)}", "inexact")
     for node, weight in file.weighted():
         source = file.dequantized(node.input[0])
         if source is None:

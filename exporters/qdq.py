@@ -138,6 +138,10 @@ def _is_lookup(node: onnx.NodeProto) -> bool:
 
 def _storages(graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, tables: AbstractSet[str]) -> dict[str, Storage]:
     """The type of each grid's codes. Gather takes no packed ones."""
+    for name, grid in table.tensors.items():
+        if grid.spec.float8 and (scheme.float8 == "none" or (scheme.float8 == "weights" and grid.codes is None)):
+            what = "fp8 activations" if scheme.float8 == "weights" else "fp8"
+            raise ExportError(f"{name}: {scheme.name} has no {what}; use --target tensorrt, or quantize again with another --precision")
     if scheme.storage == "fast":
         return {name: storage_of(grid.spec) for name, grid in table.tensors.items()}
     bytes_ = {name for name, grid in table.tensors.items() if grid.codes is None and grid.spec.bits <= 8}
@@ -290,7 +294,7 @@ class _Editor:
         assert grid.codes is not None
         storage = self._storages[name]
         self._kept_as_codes.add(name)
-        codes = self._constant(f"{self._short(name)}_quantized", grid.codes.astype(storage.dtype))
+        codes = self._constant(f"{self._short(name)}_quantized", storage.numbers(grid.codes))
         return [codes, *self._parameters(name, grid, storage)]
 
     def _look_up(self, graph: onnx.GraphProto, name: str, codes: list[str]) -> None:
@@ -329,7 +333,7 @@ class _Editor:
         names = [f"{self._short(name)}_{key}" for key in ("scale", "zero_point")]
         if name not in self._with_parameters:
             self._with_parameters.add(name)
-            self._constant(names[0], np.asarray(grid.scale, np.float32))
+            self._constant(names[0], np.asarray(grid.scale, np.float32) * np.float32(storage.unit))
             self._constant(names[1], np.asarray(grid.zero_point).astype(storage.dtype))
         return names
 

@@ -7,16 +7,20 @@ import numpy as np
 import onnx
 
 from toolchain.errors import ExportError
-from toolchain.quant_table import BIAS_BITS, QuantSpec
+from toolchain.quant_table import BIAS_BITS, FLOAT8, FLOAT8_UNIT, QuantSpec
 
 
 @dataclass(frozen=True)
 class Storage:
-    """An ONNX element type with its range; `opset` and `ir` are the first in which QuantizeLinear and DequantizeLinear take it."""
+    """An ONNX element type with its range; `opset` and `ir` are the first in which QuantizeLinear and DequantizeLinear take it.
+
+    A number of the type is `unit` codes.
+    """
 
     dtype: np.dtype
     opset: int
     ir: int = 7
+    unit: int = 1
 
     @property
     def onnx_type(self) -> int:
@@ -24,14 +28,23 @@ class Storage:
 
     @property
     def low(self) -> int:
-        return int(ml_dtypes.iinfo(self.dtype).min)
+        return -self.high if self.is_float else int(ml_dtypes.iinfo(self.dtype).min)
 
     @property
     def high(self) -> int:
-        return int(ml_dtypes.iinfo(self.dtype).max)
+        return int(ml_dtypes.finfo(self.dtype).max) * self.unit if self.is_float else int(ml_dtypes.iinfo(self.dtype).max)
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype == FLOAT8
+
+    def numbers(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as numbers of the type."""
+        return (codes.astype(np.float32) / self.unit).astype(self.dtype) if self.is_float else codes.astype(self.dtype)
 
 
 INT4 = Storage(np.dtype(ml_dtypes.int4), 21, 10)
+E4M3 = Storage(FLOAT8, 19, 9, FLOAT8_UNIT)
 INT2 = Storage(np.dtype(ml_dtypes.int2), 25, 13)
 
 
@@ -41,6 +54,8 @@ def storage_of(spec: QuantSpec) -> Storage:
     ONNX Runtime has integer kernels for 8-bit types only; packed int4 and int2 are dequantized and executed in float, and several of their
     combinations fail to load with default options.
     """
+    if spec.float8:
+        return E4M3
     if spec.bits == BIAS_BITS:
         return Storage(np.dtype(np.int32), 13)
     if spec.bits <= 8:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .fake_quant import nearest_codes
 from .quant_table import QuantSpec, TensorQuant
 
 NORM = 2.4  # BRECQ, QDrop and MQBench search scales under the L2.4 norm of the rounding error
@@ -184,7 +185,7 @@ def histogram_errors(
     x, weights = torch.from_numpy(values).float(), torch.from_numpy(counts).double()
     errors = []
     for s, z in zip(scale.split(8), zero_point.split(8), strict=True):  # 8 candidates at a time keep the work in cache
-        codes = torch.clamp(torch.round(x / s) + z, spec.qmin, spec.qmax)
+        codes = nearest_codes(x, s, z, spec)
         errors.append(((codes - z) * s - x).abs_().pow_(norm).double() @ weights)
     return torch.cat(errors).numpy()
 
@@ -196,7 +197,7 @@ def _mse_shrink(rows: np.ndarray, low: np.ndarray, high: np.ndarray, spec: Quant
     factor = torch.ones(len(rows))
     for candidate in np.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES):
         scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(low * candidate, high * candidate, spec))
-        codes = torch.clamp(torch.round(x / scale) + zero_point, spec.qmin, spec.qmax)
+        codes = nearest_codes(x, scale, zero_point, spec)
         error = ((codes - zero_point) * scale - x).abs_().pow_(norm).sum(dim=1)
         better = error < best
         best = torch.where(better, error, best)

@@ -85,6 +85,9 @@ class Config:
         "Default: the target's.",
         "precision",
     )
+    number_format: str = option(
+        "int", "What 8-bit numbers are: int, or fp8 (E4M3, rounded to nearest only; --precision fp8).", "precision", choices=("int", "fp8")
+    )
     target: str = option(
         "ort-cpu",
         "Runtime that the model is made for: decides what is quantized and how, while learning too.",
@@ -193,6 +196,10 @@ class Config:
         refused = refusal(self.scheme, self.precision)
         if refused is not None:
             raise UsageError(refused)
+        if self.precision.float8 and self.algorithm not in ("minmax", "mse"):
+            raise UsageError(f"--algorithm {self.algorithm}: finds integer grids; fp8 is rounded to nearest: use --algorithm mse or minmax")
+        if self.precision.float8 and self.bits:
+            raise UsageError("--bits: gives nodes integers of their own, beside which fp8 does not load: leave it out, or use --keep-float")
         if self.algorithm == "bit-split" and not self.scheme.weight_symmetric:
             raise UsageError("--algorithm bit-split: splits codes around zero into bits; add --weight-scheme symmetric")
 
@@ -205,7 +212,14 @@ class Config:
         first_last = None if self.first_last_bits == "same" else int(self.first_last_bits)
         reduce_range = self.scheme.reduce_range if self.reduce_range is None else self.reduce_range
         return Precision(
-            self.weight_bits, self.activation_bits, self.elementwise_bits, first_last, reduce_range, self.block_size, self.requantize
+            self.weight_bits,
+            self.activation_bits,
+            self.elementwise_bits,
+            first_last,
+            reduce_range,
+            self.block_size,
+            self.requantize,
+            float8=self.number_format == "fp8",
         )
 
     @property
@@ -220,6 +234,13 @@ class Config:
         if not pattern or not 2 <= weight <= 8 or activation not in (2, 3, 4, 5, 6, 7, 8, 16):
             raise UsageError(f"--bits {entry!r}: expected PATTERN=w<bits>a<bits> with weights of 2-8 and activations of 2-8 or 16 bits")
         return pattern, dataclasses.replace(self.precision, weight_bits=weight, activation_bits=activation, first_last_bits=None)
+
+    @property
+    def label(self) -> str:
+        """The precision as it is written on the command line; fp8 weights beside float activations are `fp8a32`."""
+        if self.number_format == "fp8":
+            return "fp8" if self.activation_bits == 8 else f"fp8a{self.activation_bits}"
+        return f"w{self.weight_bits}a{self.activation_bits}"
 
     @property
     def learns(self) -> bool:
@@ -376,10 +397,12 @@ def dump_config(config: Config, data: DataConfig) -> str:
 
 
 def parse_precision(text: str) -> dict[str, Any]:
-    """`w4a8` -> weight and activation bits."""
+    """`w4a8` -> weight and activation bits; `fp8` -> E4M3 for both."""
+    if text.strip().lower() == "fp8":
+        return {"weight_bits": 8, "activation_bits": 8, "number_format": "fp8"}
     match = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
     if match is None:
-        raise UsageError(f"--precision {text!r}: expected w<bits>a<bits>, such as w4a4, w4a8, w2a4, w8a8 or w4a16")
+        raise UsageError(f"--precision {text!r}: expected w<bits>a<bits>, such as w4a4, w4a8, w2a4, w8a8 or w4a16, or fp8")
     return {"weight_bits": int(match[1]), "activation_bits": int(match[2])}
 
 

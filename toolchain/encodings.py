@@ -69,6 +69,10 @@ def copy_of(row: Mapping[str, Any]) -> Copy | None:
     return Copy(str(row["copy_of"]), tuple(map(str, row["readers"]))) if row.get("copy_of") is not None else None
 
 
+def _dtype(spec: QuantSpec) -> np.dtype:
+    return np.dtype("<i1" if spec.bits <= 8 and not spec.float8 else "<i4")
+
+
 def _row(grid: TensorQuant) -> dict[str, Any]:
     defaults = asdict(QuantSpec(0, signed=False, symmetric=False))
     spec = {key: value for key, value in asdict(grid.spec).items() if key in ("bits", "signed", "symmetric") or value != defaults[key]}
@@ -80,7 +84,7 @@ def _row(grid: TensorQuant) -> dict[str, Any]:
     if grid.copy is not None:
         row["copy_of"], row["readers"] = grid.copy.origin, list(grid.copy.readers)
     if grid.codes is not None:
-        dtype = np.dtype("<i1" if grid.spec.bits <= 8 else "<i4")
+        dtype = _dtype(grid.spec)
         row["shape"] = list(grid.codes.shape)
         row["codes"] = base64.b64encode(grid.codes.astype(dtype).tobytes()).decode()
     return row
@@ -93,7 +97,7 @@ def _grid(row: Mapping[str, Any]) -> TensorQuant:
         raise ValueError(f"the scales of {row['name']!r} are not positive numbers, each with a zero point")
     codes = None
     if "codes" in row:
-        flat = np.frombuffer(base64.b64decode(row["codes"], validate=True), np.dtype("<i1" if spec.bits <= 8 else "<i4"))
+        flat = np.frombuffer(base64.b64decode(row["codes"], validate=True), _dtype(spec))
         codes = flat.astype(np.int32).reshape(row["shape"])
         if codes.size and (codes.min() < spec.qmin or codes.max() > spec.qmax):
             raise ValueError(f"codes of {row['name']!r} are off their grid")

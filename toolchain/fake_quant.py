@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .quant_table import TensorQuant
+from .quant_table import FLOAT8_MAX, FLOAT8_UNIT, QuantSpec, TensorQuant
 
 # Elements for each thread: operations go parallel in shares of 32768, and with four times that, calling one is cheap beside doing it.
 _TILE = 131072
@@ -17,8 +17,22 @@ def fake_quantize(x: torch.Tensor, grid: TensorQuant) -> torch.Tensor:
     """x~ = (clip(round(x / scale) + zero_point, qmin, qmax) - zero_point) * scale, per tensor, bit for bit what ONNX defines."""
     # On the device: CUDA divides by a host scalar as a product with its reciprocal, which rounds ties differently.
     scale, zero_point = torch.full((), float(grid.scale), device=x.device), int(grid.zero_point)
+    if grid.spec.float8:
+        return _float8(x.div(scale * FLOAT8_UNIT)).mul_(scale * FLOAT8_UNIT)
     # Clipping before the zero point is added gives the same integers with one pass less.
     return x.div(scale).round_().clamp_(grid.spec.qmin - zero_point, grid.spec.qmax - zero_point).mul_(scale)
+
+
+def nearest_codes(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Codes of rounding to nearest, as floats; `scale` and `zero_point` broadcast against x."""
+    if spec.float8:
+        return _float8(x / (scale * FLOAT8_UNIT)).mul_(FLOAT8_UNIT)
+    return torch.clamp(torch.round(x / scale) + zero_point, spec.qmin, spec.qmax)
+
+
+def _float8(x: torch.Tensor) -> torch.Tensor:
+    """The nearest numbers of E4M3; what is beyond its range becomes its end (the cast alone would make it NaN)."""
+    return x.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn).float()
 
 
 class LearnedStep(torch.autograd.Function):

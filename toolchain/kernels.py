@@ -14,7 +14,7 @@ import onnx
 from onnx import helper
 
 from . import runtime
-from .quant_table import QuantTable
+from .quant_table import FLOAT8, FLOAT8_UNIT, QuantTable
 from .quant_table import quantize as encode
 from .runtime import Optimization
 
@@ -119,7 +119,7 @@ def simulation_differences(
         if node.op_type == "DequantizeLinear" and value in table and table[value].codes is None and node.input[0] not in expected:
             dtype = next(t for t in model.graph.initializer if t.name == node.input[2]).data_type
             codes.append(node.input[0])
-            expected[node.input[0]] = encode(values[value], table[value]).astype(helper.tensor_dtype_to_np_dtype(dtype))
+            expected[node.input[0]] = _numbers(encode(values[value], table[value]), helper.tensor_dtype_to_np_dtype(dtype))
     made = {value for node in model.graph.node for value in node.output}
     expected |= {name: array for name, array in values.items() if name in made and name not in table}
     return _compared(model, expected, codes, feeds, runtime.CPU, Optimization.NONE)
@@ -190,10 +190,23 @@ def _cut(model: onnx.ModelProto, codes: Mapping[str, np.ndarray], outputs: list[
     return changed
 
 
+def _numbers(codes: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Codes as the file holds them."""
+    return (codes.astype(np.float32) / FLOAT8_UNIT).astype(dtype) if dtype == FLOAT8 else codes.astype(dtype)
+
+
+def _places(numbers: np.ndarray) -> np.ndarray:
+    """The place of each number among those of E4M3, from the lowest up."""
+    bits = numbers.view(np.uint8).astype(np.int64)
+    return np.where(bits & 0x80, -(bits & 0x7F), bits)
+
+
 def _steps(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Differences in steps: of codes, or of an 8-bit grid over the range of a float value."""
     if expected.shape != found.shape:
         return np.full(max(expected.size, 1), np.inf)
+    if expected.dtype == FLOAT8:
+        expected, found = _places(expected), _places(found)
     if expected.dtype.kind not in "fiub":
         return (expected != found).astype(np.float64)
     expected, found, is_integer = expected.astype(np.float64), found.astype(np.float64), expected.dtype.kind != "f"

@@ -18,7 +18,7 @@ def report_page(report: dict[str, Any], baseline: dict[str, Any] | None = None) 
     """The page of a `quantize` run; `baseline` is the report of another run of the same model, whose losses are overlaid."""
     name = report["model"]["path"].replace("\\", "/").rsplit("/", 1)[-1]
     config = report["config"]
-    title = f"{name}, W{config['weight-bits']}A{config['activation-bits']}"
+    title = f"{name}, {_precision(config)}"
     sections: Iterable[Callable[[], str]] = (
         lambda: _verdict(report["verdict"]),
         lambda: _cards(report),
@@ -144,6 +144,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th{c}>{escape(column.removesuffix('>'))}</th>" for column, c in zip(columns, classes, strict=True))
     body = "".join(f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>" for row in rows)
     return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _precision(config: dict[str, Any]) -> str:
+    bits = f"W{config['weight-bits']}A{config['activation-bits']}"
+    return bits if config.get("number-format", "int") == "int" else f"{bits} in fp8"
 
 
 def _verdict(verdict: dict[str, str]) -> str:

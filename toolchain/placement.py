@@ -27,7 +27,7 @@ from onnx import TensorProto
 from .errors import UsageError, near_misses
 from .graph import WEIGHT_INPUT, Graph, Node
 from .graph import channel_axis as graph_axis
-from .quant_table import Copy, QuantSpec, activation_spec, weight_spec
+from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_spec
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .source import SourceModel, ValueTypes
 from .stored import RECURRENT
@@ -140,7 +140,9 @@ def place(
         if bits is not None:
             activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
-    has_steps = scheme.bias != "float" and precision.activation_bits < FLOAT_BITS
+    if precision.float8:
+        activations, weights = ({name: float8_spec(spec) for name, spec in specs.items()} for specs in (activations, weights))
+    has_steps = scheme.bias != "float" and precision.activation_bits < FLOAT_BITS and not precision.float8
     biases, float_biases = _biases(source, integer, {*activations, *tied}) if has_steps else ({}, [])
     if scheme.bias == "int32":
         floats += float_biases

@@ -5,12 +5,16 @@ torch, and a test holds the two and ONNX Runtime equal bit for bit.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+import ml_dtypes
 import numpy as np
 
 BIAS_BITS = 32
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT8_MAX = 448.0
+FLOAT8_UNIT = 512  # every number of E4M3 is a whole multiple of 2^-9, its smallest
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class QuantSpec:
     `axis` is the channel axis for per-channel grids (None: one grid for the tensor). `narrow` leaves out the lowest code (-127..127), which
     keeps 8-bit symmetric weights free of the asymmetric extra code, as runtimes expect. `span` is the range where it is known without
     samples (a Sigmoid's 0 to 1). `block` cuts `axis` into stretches of so many values with a scale each; `axis` is then the one that is
-    summed over, and scales have the value's own rank.
+    summed over, and scales have the value's own rank. `float8` keeps of a signed grid around zero only the numbers of E4M3: codes count its
+    smallest one, so that all arithmetic is that of integers, and the scale that ONNX knows is 512 times this one.
     """
 
     bits: int
@@ -30,13 +35,18 @@ class QuantSpec:
     narrow: bool = False
     span: tuple[float, float] | None = None
     block: int | None = None
+    float8: bool = False
 
     @property
     def qmin(self) -> int:
+        if self.float8:
+            return -self.qmax
         return (-(1 << (self.bits - 1)) + self.narrow) if self.signed else 0
 
     @property
     def qmax(self) -> int:
+        if self.float8:
+            return int(FLOAT8_MAX) * FLOAT8_UNIT
         return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
 
@@ -51,6 +61,11 @@ def weight_spec(bits: int, axis: int | None, symmetric: bool, block: int | None 
 def activation_spec(bits: int, symmetric: bool, span: tuple[float, float] | None = None) -> QuantSpec:
     """Per-tensor grid: unsigned with a zero point, or signed around zero."""
     return QuantSpec(bits, signed=symmetric, symmetric=symmetric, span=span)
+
+
+def float8_spec(spec: QuantSpec) -> QuantSpec:
+    """The E4M3 grid in place of an 8-bit one."""
+    return replace(spec, signed=True, symmetric=True, narrow=False, span=None, float8=True)
 
 
 @dataclass(frozen=True)
@@ -80,8 +95,8 @@ class TensorQuant:
     copy: Copy | None = None
 
     def __post_init__(self) -> None:
-        """Codes of up to 8 bits are held in bytes: as int32 they would take as much memory as the float weights."""
-        if self.codes is not None and self.spec.bits <= 8 and self.codes.dtype.itemsize > 1:
+        """Codes of up to 8 bits are held in bytes: as int32 (as those of fp8 are) they take as much memory as the float weights."""
+        if self.codes is not None and self.spec.bits <= 8 and not self.spec.float8 and self.codes.dtype.itemsize > 1:
             object.__setattr__(self, "codes", self.codes.astype(np.int8 if self.spec.signed else np.uint8))
 
     def expanded(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -138,6 +153,9 @@ def _expanded(parameter: np.ndarray, spec: QuantSpec, shape: tuple[int, ...]) ->
 def quantize(array: np.ndarray, grid: TensorQuant) -> np.ndarray:
     """codes = clip(round_half_even(x / scale) + zero_point, qmin, qmax), as int32 [same shape]."""
     scale, zero_point = grid.expanded(array.shape)
+    if grid.spec.float8:
+        numbers = np.clip(array.astype(np.float32) / (scale * np.float32(FLOAT8_UNIT)), -FLOAT8_MAX, FLOAT8_MAX).astype(FLOAT8)
+        return (numbers.astype(np.float32) * FLOAT8_UNIT).astype(np.int32)
     codes = np.rint(array.astype(np.float32) / scale) + zero_point
     return np.clip(codes, grid.spec.qmin, grid.spec.qmax).astype(np.int32)
 

@@ -17,12 +17,15 @@ import onnxruntime as ort
 
 from . import large
 from .errors import UnsupportedModelError, UsageError
+from .quant_table import FLOAT8
 
 ort.set_default_logger_severity(4)  # what fails is raised; ONNX Runtime would print it as well
 Session = ort.InferenceSession
 BATCH = 64  # samples per run when the model leaves its batch axis open
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+# In front of an fp8 QuantizeLinear, ONNX Runtime 1.31 fails on a Clip and drops a Relu, as if negative numbers could not pass it.
+_FLOAT8_BREAKS = frozenset({"ClipQuantRewrite", "ReluQuantRewrite"})
 # How ONNX Runtime spells element types: `float` is FLOAT, the others are as in ONNX.
 _ELEMENT_TYPES: Mapping[str, int] = {name.lower(): number for name, number in onnx.TensorProto.DataType.items()}
 
@@ -216,9 +219,19 @@ def execute(opened: ort.InferenceSession, feeds: Mapping[str, Any], names: Seque
         UnsupportedModelError: ONNX Runtime fails on these values.
     """
     try:
-        return dict(zip(names, opened.run(list(names), dict(feeds)), strict=True))
+        found = dict(zip(names, opened.run(list(names), {name: _fed(value) for name, value in feeds.items()}), strict=True))
     except Exception as error:  # as in `_open`
         raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot run the model: {_first_line(error)}") from error
+    bits = {entry.name for entry in opened.get_outputs() if entry.type == "tensor(float8e4m3fn)"}
+    return {name: np.asarray(value).view(FLOAT8) if name in bits else value for name, value in found.items()}
+
+
+def _fed(value: Any) -> Any:
+    """NumPy has no 8-bit floats that ONNX Runtime takes as they are."""
+    if not isinstance(value, np.ndarray) or value.dtype != FLOAT8:
+        return value
+    bits = np.ascontiguousarray(value).view(np.uint8)
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.FLOAT8E4M3FN)
 
 
 def declared_types(opened: ort.InferenceSession) -> dict[str, onnx.TypeProto]:
@@ -250,6 +263,10 @@ def _open(
     if isinstance(model, onnx.ModelProto) and (weights := large.folder_of(model)) is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
         options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy what is mapped into memory
+    if _quantizes_to_float8(model):
+        # Operands in fp8 are fused into integer kernels that do not exist. Files for TensorRT run here without that.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        without |= _FLOAT8_BREAKS
     try:
         serialized = str(model) if isinstance(model, Path) else large.serialized(model)
         # A second try only helps where CUDA failed; on the CPU it would print a banner and fail again.
@@ -258,6 +275,15 @@ def _open(
         )
     except Exception as error:  # ONNX Runtime raises a family of C++-born exceptions without a common public base
         raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {_first_line(error)}") from error
+
+
+def _quantizes_to_float8(model: onnx.ModelProto | Path) -> bool:
+    try:
+        graph = (onnx.load(model, load_external_data=False) if isinstance(model, Path) else model).graph
+    except Exception:  # ONNX Runtime says it better
+        return False
+    numbers = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT8E4M3FN}
+    return bool(numbers) and any(node.op_type == "QuantizeLinear" and not numbers.isdisjoint(node.input) for node in graph.node)
 
 
 def _cuda_works() -> bool:

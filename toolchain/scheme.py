@@ -35,6 +35,7 @@ class Scheme:
             Clip are folded, or on the `float`s in front of it.
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
+        float8: what may be in E4M3: `all`, `weights` beside float activations, or `none`.
         stores: weights that no integer kernel reads (tables, recurrent layers, control flow, islands) are codes in the file all the same.
     """
 
@@ -51,6 +52,7 @@ class Scheme:
     saturation: str = "float"
     storage: str = "fast"
     reduce_range: bool = False
+    float8: str = "none"
     stores: bool = False
 
     @property
@@ -111,6 +113,7 @@ TARGETS: Mapping[str, Scheme] = {
             saturation="integer",
             reduce_range=True,
             stores=True,
+            float8="weights",
         ),
         Scheme(
             "ort-cuda",
@@ -121,6 +124,7 @@ TARGETS: Mapping[str, Scheme] = {
             saturation="integer",
             storage="small",
             stores=True,
+            float8="weights",
         ),
         Scheme(
             "tensorrt",
@@ -129,6 +133,7 @@ TARGETS: Mapping[str, Scheme] = {
             activation_symmetric=True,
             elementwise=_POOLS | {"Add"},
             shortcut_only=True,
+            float8="all",
         ),
         Scheme(
             "openvino",
@@ -157,6 +162,7 @@ TARGETS: Mapping[str, Scheme] = {
             "operators read is quantized, addends and biases stay float. For comparing with papers, not for deployment.",
             weight_symmetric=False,
             bias="float",
+            float8="weights",
         ),
         Scheme(
             "portable",
@@ -187,6 +193,8 @@ def scheme_for(target: str, weight_scheme: str | None, activation_scheme: str | 
 def refusal(scheme: Scheme, precision: "Precision") -> str | None:
     """Why a target cannot take a format, and what to do instead; None where it can."""
     name, bits, block = scheme.name, precision.activation_bits, precision.block_size
+    if precision.float8:
+        return _float8_refusal(scheme, precision)
     if bits == 16 and name in ("tensorrt", "portable"):
         return f"{name} has no 16-bit integers: use --activation-bits 8, or --target ort-cpu, openvino or qnn"
     if scheme.storage == "small" and name == "portable":
@@ -209,6 +217,21 @@ def refusal(scheme: Scheme, precision: "Precision") -> str | None:
     return None
 
 
+def _float8_refusal(scheme: Scheme, precision: "Precision") -> str | None:
+    if precision.weight_bits != 8 or precision.activation_bits not in (8, FLOAT_BITS) or precision.elementwise_bits != 8:
+        return "--number-format fp8 has 8 bits: add --weight-bits 8 --activation-bits 8 (or 32 for weights only), or use --precision fp8"
+    if precision.block_size is not None:
+        return "no runtime reads block-wise fp8: leave --block-size out"
+    if scheme.float8 == "none":
+        return f"{scheme.name} has no fp8: use --precision w8a8, or another --target"
+    if scheme.float8 == "weights" and precision.activation_bits < FLOAT_BITS:
+        return (
+            "ONNX Runtime fuses fp8 operands into integer kernels that do not exist, so that the file would not load: use "
+            "--activation-bits 32 for fp8 weights only, or --target tensorrt"
+        )
+    return None
+
+
 @dataclass(frozen=True)
 class Precision:
     """Bit widths; `elementwise_bits` and `first_last_bits` never fall below the general ones. `first_last_bits` None: the same.
@@ -216,7 +239,7 @@ class Precision:
     `reduce_range` gives 8-bit weights that meet 8-bit activations 7 bits. x86 CPUs without VNNI add pairs of such products in 16 bits:
     2 x 255 x 128 saturates there, silently, and 2 x 255 x 64 does not. `block_size` cuts the weights of matrix products into blocks.
     `requantizes`: a value that element-wise operators read too keeps `elementwise_bits`, and layers read a copy on their own grid; else all
-    read it on the grid of the layers.
+    read it on the grid of the layers. `float8`: E4M3 in place of 8-bit integers.
     """
 
     weight_bits: int = 4
@@ -226,10 +249,11 @@ class Precision:
     reduce_range: bool = True
     block_size: int | None = None
     requantizes: bool = True
+    float8: bool = False
 
     def weight(self, edge: bool) -> int:
         bits = max(self.weight_bits, self.first_last_bits or 0) if edge else self.weight_bits
-        return 7 if self.reduce_range and bits == self.operand(edge) == 8 else bits
+        return 7 if self.reduce_range and not self.float8 and bits == self.operand(edge) == 8 else bits
 
     @property
     def stored(self) -> int:
@@ -246,6 +270,8 @@ class Precision:
 
     @property
     def convention(self) -> str:
+        if self.float8:
+            return f"weights in E4M3, {'activations float' if self.activation_bits == FLOAT_BITS else 'activations too'}"
         reduced = self.weight(edge=True) == 7 and max(self.weight_bits, self.first_last_bits or 0) == 8
         ending = "; weights of 7 bits where both would have 8 (reduced range, exact on every CPU)" if reduced else ""
         if self.activation_bits == FLOAT_BITS:

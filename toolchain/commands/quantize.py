@@ -83,7 +83,7 @@ def quantize(
     with reported(verbose):
         values = load_config(config_file) if config_file is not None else {}
         config, data = split(values | (parse_precision(precision) if precision else {}) | given(options))
-        output = output or model.with_name(f"{model.stem}.w{config.weight_bits}a{config.activation_bits}.onnx")
+        output = output or model.with_name(f"{model.stem}.{config.label}.onnx")
         run_path = output.with_name(f"{output.name.removesuffix('.onnx')}.run")
         check_output(model, output, overwrite or resume)
         if encodings is not None:
@@ -181,7 +181,7 @@ def _metadata(source: "SourceModel", config: Config, data: DataConfig) -> dict[s
     return {
         "version": __version__,
         "source_sha256": source.sha256,
-        "precision": f"w{config.weight_bits}a{config.activation_bits}",
+        "precision": config.label,
         "target": config.target,
         "config": dump_config(config, dataclasses.replace(data, calibration_data=None, eval_data=None, labels=None)),
     }
