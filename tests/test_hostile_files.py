@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from exporters import export_qdq
 from tests import zoo
+from tests.test_islands import control_flow
 from toolchain import runtime
 from toolchain.cli import main
 from toolchain.config import Config
@@ -168,6 +169,16 @@ def half(kind: int) -> onnx.ModelProto:
     return model
 
 
+def test_half_precision_constants_that_do_not_fit_their_shape_are_named(tmp_path: Path) -> None:
+    """Found by mutation: the checker does not count the numbers of 16-bit tensors."""
+    model = half(TensorProto.FLOAT16)
+    model.graph.initializer[0].dims[:] = [3]
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(UnsupportedModelError, match=f"the constant '{model.graph.initializer[0].name}' is damaged"):
+        load_source(path)
+
+
 def test_half_precision_models_are_quantized_and_keep_their_interface(tmp_path: Path) -> None:
     source = zoo.loaded(half(TensorProto.FLOAT16), tmp_path)
     assert source.notes == ("float16 values are computed in float32; graph inputs and outputs keep their types",)
@@ -200,15 +211,15 @@ def surveyed(data: bytes, folder: Path) -> None:
     inspect(source, sample_shapes(source, {})[0], Config(units="modcap"))
 
 
-SERIAL = TINY.SerializeToString()
+SERIALS = [TINY.SerializeToString(), half(TensorProto.FLOAT16).SerializeToString(), control_flow().SerializeToString()]
 
 
-@given(st.lists(st.tuples(st.integers(0, len(SERIAL) - 1), st.integers(0, 255)), min_size=1, max_size=6))
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_mutated_bytes(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
-    data = bytearray(SERIAL)
-    for position, value in changes:
-        data[position] = value
+@given(st.sampled_from(SERIALS), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), min_size=1, max_size=6))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_mutated_bytes(tmp_path: Path, serial: bytes, changes: list[tuple[float, int]]) -> None:
+    data = bytearray(serial)
+    for share, value in changes:
+        data[int(share * len(data))] = value
     with contextlib.suppress(MrecgError):
         surveyed(bytes(data), tmp_path)
 

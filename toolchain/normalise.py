@@ -31,6 +31,7 @@ def read(path: Path) -> onnx.ModelProto:
         raise UnsupportedModelError(f"{path}: cannot be read: {error}") from error
     if not model.graph.node or not model.opset_import:
         raise UnsupportedModelError(f"{path}: not an ONNX model (no nodes or no operator set)")
+    _check_names(model.graph)
     try:
         onnx.checker.check_model(str(path) if large.weight_bytes(model) > large.OUTSIDE else model)
     except onnx.checker.ValidationError as error:
@@ -39,6 +40,22 @@ def read(path: Path) -> onnx.ModelProto:
         except UnsupportedModelError:
             raise UnsupportedModelError(f"{path}: is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
     return model
+
+
+def _check_names(graph: onnx.GraphProto) -> None:
+    """Refuse names that are not UTF-8; protobuf hands them out as bytes, or fails on them, depending on where they came from."""
+    for node in graph.node:
+        for name in (node.name, node.op_type, node.domain, *node.input, *node.output):
+            _check_name(name)
+        for subgraph in subgraphs(node):
+            _check_names(subgraph)
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        _check_name(value.name)
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise UnsupportedModelError(f"has names that are not UTF-8 ({name!r})")
 
 
 def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) -> onnx.ModelProto:

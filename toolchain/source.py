@@ -170,8 +170,6 @@ def load_source(path: str | Path) -> SourceModel:
         raise UnsupportedModelError(f"{path}: has names that are not UTF-8 ({error.object!r})") from error
     except MemoryError as error:
         raise UnsupportedModelError(f"{path}: does not fit into memory") from error
-    except Exception as error:  # a damaged file breaks what is read of it in ways that nobody can list
-        raise UnsupportedModelError(f"{path}: is not a usable ONNX model: {type(error).__name__}: {error}") from error
 
 
 def _loaded(path: Path) -> SourceModel:

@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from .errors import UnsupportedModelError
 from .normalise import rename_values, subgraphs
 
 _NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -73,5 +74,10 @@ def _widen(graph: onnx.GraphProto) -> None:
 
 
 def _widen_tensor(tensor: onnx.TensorProto) -> None:
-    if tensor.data_type in _NARROW:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    if tensor.data_type not in _NARROW:
+        return
+    try:
+        array = numpy_helper.to_array(tensor)
+    except ValueError as error:  # the checker does not count the numbers of 16-bit tensors
+        raise UnsupportedModelError(f"the constant {tensor.name!r} is damaged: {error}") from error
+    tensor.CopyFrom(numpy_helper.from_array(array.astype(np.float32), tensor.name))
