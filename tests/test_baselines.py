@@ -82,6 +82,8 @@ def check_report(folder: Path, name: str) -> None:
     assert facts["conventions"]["algorithm"].startswith(name)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"\bnan\b", page, re.IGNORECASE)
+    assert ("How each unit was learned" in page) == (name == "AdaQuant")  # bits are split without a curve
+    assert "% decided" not in page
 
 
 def test_what_joins_no_units_is_refused() -> None:

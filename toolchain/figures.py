@@ -68,12 +68,16 @@ def capacities(report: dict[str, Any]) -> str:
     return plot.picture("capacities", "capacity of each block", draw, 260)
 
 
+CURVES = {"loss": ORANGE, "regulariser": BLUE, "beta": MUTED, "decided": GREEN}
+"""What a unit's curve consists of, and its colours."""
+
+
 def curve(position: int, unit: dict[str, Any]) -> str:
     """The optimisation of one unit: each quantity as a share of its largest value."""
     points = unit["curve"]
 
     def draw(axes: Axes) -> None:
-        for key, color in (("loss", ORANGE), ("regulariser", BLUE), ("beta", MUTED), ("decided", GREEN)):
+        for key, color in CURVES.items():
             values = [math.nan if value is None else value for value in points[key]]
             largest = 1.0 if key == "decided" else max((v for v in values if v == v), default=0.0)
             if largest > 0:

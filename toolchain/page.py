@@ -238,21 +238,24 @@ def _boundary(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _curves(units: list[dict[str, Any]]) -> str:
-    if not units:
+    drawn = [unit for unit in units if unit["curve"]["iteration"]]
+    if not drawn:
         return ""
-    pictures = [
-        (
-            unit["unit"],
-            f"loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}, {100 * (1 - unit['undecided']):.1f} % decided",
-            figures.curve(i, unit),
-        )
-        for i, unit in enumerate(units)
+    pictures = []
+    for i, unit in enumerate(drawn):
+        text = f"loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}"
+        if unit["undecided"] is not None:
+            text += f", {100 * (1 - unit['undecided']):.1f} % decided"
+        pictures.append((unit["unit"], text, figures.curve(i, unit)))
+    keys = [
+        (color, words)
+        for (color, words), key in zip(_CURVE_KEYS, figures.CURVES, strict=True)
+        if any(value is not None for unit in drawn for value in unit["curve"][key])
     ]
-    text = (
-        "Over the iterations, each as a share of its largest value; the loss is that of a mini-batch. Decided: weights whose rounding is "
-        "all but made."
-    )
-    return section("How each unit was learned", text, _multiples(_CURVE_KEYS, pictures))
+    text = "Over the iterations, each as a share of its largest value; the loss is that of a mini-batch."
+    if any(unit["undecided"] is not None for unit in drawn):
+        text += " Decided: weights whose rounding is all but made."
+    return section("How each unit was learned", text, _multiples(keys, pictures))
 
 
 def _sensitivity(found: dict[str, Any]) -> str:
@@ -310,7 +313,7 @@ def _units(units: list[dict[str, Any]]) -> str:
             f"{unit['loss_after']:.4g}",
             unit["kept"],
             f"{100 * unit['flipped']:.1f} %",
-            f"{100 * unit['undecided']:.1f} %",
+            "" if unit["undecided"] is None else f"{100 * unit['undecided']:.1f} %",
             f"{unit['seconds']:.1f}",
         )
         for unit in units

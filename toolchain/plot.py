@@ -23,6 +23,7 @@ _VARIABLES = {
     BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", RED: "--red",
 }  # fmt: skip
 WIDE, NARROW = 860, 340  # pixels
+_RIGHT = 14  # pixels beside the axes: half of the last tick's label
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -73,7 +74,7 @@ def svg(name: str, description: str, draw: Draw, width: int, height: int, margin
         figure = Figure(figsize=(width / 72, height / 72), layout=None if margins else "constrained")
         if margins:
             left, bottom = margins
-            axes = figure.add_axes((left / width, bottom / height, 1 - (left + 4) / width, 1 - (bottom + 4) / height))
+            axes = figure.add_axes((left / width, bottom / height, 1 - (left + _RIGHT) / width, 1 - (bottom + 4) / height))
         else:
             axes = figure.add_subplot()
         draw(axes)

@@ -54,7 +54,8 @@ class UnitResult:
 
     `loss_before` and `loss_after` are hard-quantized losses over all samples: rounding to nearest on the calibrated grids, and the learned
     codes and steps. `kept` says which of the two is in the table. `flipped` is the share of weights whose code differs from rounding to
-    nearest, `undecided` the share whose soft rounding was still open at the end. `curve` has some 40 points of the optimisation.
+    nearest, `undecided` the share whose soft rounding was still open at the end (None: none was
+    soft). `curve` has some 40 points of the optimisation.
     """
 
     unit: str
@@ -64,7 +65,7 @@ class UnitResult:
     iterations: int
     seconds: float
     flipped: float
-    undecided: float
+    undecided: float | None
     curve: tuple[CurvePoint, ...]
     changes: Mapping[str, TensorQuant]
 

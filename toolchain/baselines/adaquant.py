@@ -18,7 +18,7 @@ are learned instead.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -31,7 +31,7 @@ from ..fake_quant import LearnedStep
 from ..losses import loss_of
 from ..minibatch import Draw
 from ..quant_table import QuantTable, quantize
-from ..reconstruction import CurvePoint, Progress, UnitResult, learned_weights
+from ..reconstruction import CurvePoint, Finish, Progress, UnitResult, learned_weights
 from ..torch_import import TorchBlock
 from .layer import Layer, finished
 
@@ -62,7 +62,7 @@ def adaquant_unit(
     device: torch.device,
     table: QuantTable,
     done: AbstractSet[str],
-    finish: Callable[[QuantTable], QuantTable],
+    finish: Finish,
     settings: Settings,
     seed: int,
     progress: Progress,
@@ -78,7 +78,7 @@ def adaquant_unit(
 
 
 def _learn(
-    layer: Layer, draw: Draw, table: QuantTable, finish: Callable[[QuantTable], QuantTable], settings: Settings, progress: Progress
+    layer: Layer, draw: Draw, table: QuantTable, finish: Finish, settings: Settings, progress: Progress
 ) -> tuple[QuantTable, tuple[CurvePoint, ...]]:
     device, grid, float_weight = layer.device, table[layer.weight], layer.floats[layer.weight]
     scale, zero_point = (torch.tensor(np.array(p)).to(device) for p in grid.expanded(float_weight.shape))
@@ -142,9 +142,7 @@ def _learn(
         learned = replace(grid, scale=wide)
         weight = ((scaled + moved) * scale).cpu().numpy()
         changes[layer.weight] = replace(learned, codes=quantize(weight, learned))
-        after = finish(table.updated(changes))
-        if layer.bias is not None and layer.bias in after:
-            bias_grid = after[layer.bias]
-            bias = (constants[layer.bias] + shift * spread).cpu().numpy()
-            after = after.updated({layer.bias: replace(bias_grid, codes=quantize(bias, bias_grid))})
-    return after, tuple(curve)
+        biases: dict[str, np.ndarray] = {}
+        if layer.bias is not None and layer.bias in table:
+            biases[layer.bias] = (constants[layer.bias] + shift * spread).cpu().numpy()
+    return finish(table.updated(changes), biases), tuple(curve)

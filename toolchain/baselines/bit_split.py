@@ -16,7 +16,7 @@ Weights with one scale for the tensor, stacks of matrices and grouped transposed
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
@@ -27,7 +27,7 @@ from ..activations import Passes, Value, laid_out, quantizing
 from ..calibration import rows_of
 from ..config import Settings
 from ..quant_table import QuantSpec, QuantTable
-from ..reconstruction import CurvePoint, Progress, UnitResult, learned_weights
+from ..reconstruction import CurvePoint, Finish, Progress, UnitResult, learned_weights
 from ..torch_import import TorchBlock
 from .layer import Layer, finished
 
@@ -116,7 +116,7 @@ def split_unit(
     device: torch.device,
     table: QuantTable,
     done: AbstractSet[str],
-    finish: Callable[[QuantTable], QuantTable],
+    finish: Finish,
     settings: Settings,
     seed: int,
     progress: Progress,
@@ -132,7 +132,7 @@ def split_unit(
 
 
 @torch.no_grad()
-def _split(layer: Layer, table: QuantTable, finish: Callable[[QuantTable], QuantTable]) -> QuantTable:
+def _split(layer: Layer, table: QuantTable, finish: Finish) -> QuantTable:
     grid = table[layer.weight]
     spec, float_weight = grid.spec, layer.floats[layer.weight]
     moments = _moments(layer, table)
@@ -167,7 +167,7 @@ def with_means(layer: Layer, table: QuantTable) -> QuantTable:
     if not isinstance(made, torch.Tensor) or not isinstance(target, torch.Tensor):
         return table
     axis = 1 if layer.node.op_type in ("Conv", "ConvTranspose") else made.dim() - 1
-    missing = (target.double() - made.double()).mean(dim=[a for a in range(made.dim()) if a != axis]).cpu().numpy()
+    missing = (target - made).mean(dim=[a for a in range(made.dim()) if a != axis]).cpu().numpy()
     codes = grid.codes + np.rint(missing / np.asarray(grid.scale)).astype(np.int32).reshape(grid.codes.shape)
     moved = table.updated({layer.bias: replace(grid, codes=codes)})
     return moved if layer.outcome(moved)[0] < loss else table

@@ -11,7 +11,7 @@ from ..activations import Passes, Value, laid_out, quantizing, run_piece
 from ..graph import Node
 from ..losses import full_loss
 from ..quant_table import QuantTable
-from ..reconstruction import CurvePoint, UnitResult
+from ..reconstruction import CurvePoint, Finish, UnitResult
 from ..torch_import import TorchBlock
 
 
@@ -85,7 +85,7 @@ def finished(
     layer: Layer,
     table: QuantTable,
     learn: Callable[[QuantTable], tuple[QuantTable, tuple[CurvePoint, ...]]],
-    finish: Callable[[QuantTable], QuantTable],
+    finish: Finish,
     iterations: int,
 ) -> tuple[UnitResult, dict[str, Value]]:
     """Learn a layer, and keep the better of what it had and what it learned.
@@ -115,7 +115,7 @@ def finished(
         iterations=iterations,
         seconds=time.perf_counter() - started,
         flipped=float(np.mean(after[layer.weight].codes != before[layer.weight].codes)),
-        undecided=0.0,
+        undecided=None,
         curve=curve,
         changes={name: grid for name, grid in best.tensors.items() if name not in table or grid is not table[name]},
     )
