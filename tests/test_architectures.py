@@ -16,9 +16,9 @@ from toolchain.importing import cut_blocks
 from toolchain.islands import find_islands
 from toolchain.partition import MAX_REGION, Block, Rules, partition
 from toolchain.pipeline import quantize
-from toolchain.placement import own_precisions
 from toolchain.report import coverage
 from toolchain.samples import Samples
+from toolchain.selection import own_precisions
 from toolchain.simulation import simulate
 from toolchain.source import SourceModel, infer_types
 from toolchain.survey import survey

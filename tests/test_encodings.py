@@ -21,7 +21,6 @@ from toolchain.config import Config
 from toolchain.encodings import Encodings, dumps, loads
 from toolchain.errors import ExportError, UsageError
 from toolchain.pipeline import quantize
-from toolchain.placement import channel_axis
 from toolchain.quant_table import QuantSpec, QuantTable, TensorQuant
 from toolchain.scheme import TARGETS
 from toolchain.source import SourceModel
@@ -81,7 +80,7 @@ def test_damaged_tables_are_refused(change: Any, message: str) -> None:
 
 
 def axes_of(source: SourceModel) -> dict[str, int]:
-    return {weight: channel_axis(source, node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
+    return {weight: source.channel_axis(node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "0.6.1"])

@@ -9,8 +9,10 @@ import pytest
 
 from tests import zoo
 from toolchain.errors import UsageError
-from toolchain.placement import Placement, edges, match_nodes, place
+from toolchain.flow import edges
+from toolchain.placement import Placement, place
 from toolchain.scheme import ORT_CPU, Precision
+from toolchain.selection import match_nodes
 from toolchain.source import SourceModel, infer_types
 
 

@@ -12,13 +12,14 @@ from .grids import calibrate, with_biases
 from .importing import imported
 from .islands import find_islands
 from .memory import Room
-from .placement import Placement, match_nodes, operand_copies, own_precisions, place, without
+from .placement import Placement, operand_copies, place, without
 from .plan import Plan, block_rows, make_plan, measured
 from .progress import Progress
 from .quant_table import QuantTable
 from .reconstruction import UnitResult
 from .run_folder import RunFolder, Stage
 from .samples import Samples
+from .selection import match_nodes, own_precisions
 from .source import SourceModel, infer_types
 from .survey import expected_memory, pass_size, survey
 from .units import reconstruct

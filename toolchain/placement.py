@@ -15,7 +15,6 @@ that nothing on integers reads are quantized; whether a Concat has one grid; and
 """
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -24,42 +23,12 @@ from types import MappingProxyType
 import numpy as np
 from onnx import TensorProto
 
-from .errors import UsageError, near_misses
+from .float_reasons import ON_REQUEST, FloatRow, float_bias_reason, float_reason, reasons_of, with_storage
+from .flow import Flow, edges, integer_nodes, is_quantized_result
 from .graph import WEIGHT_INPUT, Graph, Node
-from .graph import channel_axis as graph_axis
 from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_spec
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .source import SourceModel, ValueTypes
-from .stored import RECURRENT
-
-DATA_MOVEMENT = frozenset(
-    {
-        "MaxPool",
-        "Reshape",
-        "Flatten",
-        "Transpose",
-        "Squeeze",
-        "Unsqueeze",
-        "Slice",
-        "Identity",
-        "DepthToSpace",
-        "SpaceToDepth",
-        "Pad",
-        "Dropout",
-    }
-)
-FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
-_ON_REQUEST = "kept float on request"
-_FUSED = frozenset({"Attention", "EmbedLayerNormalization"})  # of com.microsoft, with weights among their inputs
-
-
-@dataclass(frozen=True)
-class FloatRow:
-    """A node with weights that stays float, and why."""
-
-    node: str
-    op_type: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -119,12 +88,12 @@ def place(
     graph = source.graph
     bits_of = _BitsOf(precision, own)
     first, last = edges(graph)
-    reasons = _reasons(keep_float, islands)
+    reasons = reasons_of(keep_float, islands)
     stored, unstored = _stored_specs(source, scheme, bits_of, keep_float, islands.keys())
     weights, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
-    floats = [*_with_storage(source, floats, stored), *unstored]
-    flow = _Flow(source, _floats(types), reasons.keys(), scheme, copies.keys())
-    integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
+    floats = [*with_storage(source, floats, stored), *unstored]
+    flow = Flow(source, _floats(types), reasons.keys(), scheme, copies.keys())
+    integer = integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     copied = {copy.origin for copy in copies.values()}
     activations: dict[str, QuantSpec] = {}
     tied: dict[str, str] = {}
@@ -169,10 +138,10 @@ def operand_copies(
         return {}
     graph, bits_of = source.graph, _BitsOf(precision, own)
     first, last = edges(graph)
-    reasons = _reasons(keep_float, islands)
+    reasons = reasons_of(keep_float, islands)
     _, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
-    flow = _Flow(source, _floats(types), reasons.keys(), scheme)
-    integer = _integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
+    flow = Flow(source, _floats(types), reasons.keys(), scheme)
+    integer = integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     taken = {*graph.inputs, *graph.constants, *graph.producer}
     copies: dict[str, Copy] = {}
     for value in [*graph.inputs, *graph.producer]:
@@ -183,11 +152,6 @@ def operand_copies(
             name = next(name for index in itertools.count() if (name := f"{value}_operand{index or ''}") not in taken)
             copies[name] = Copy(value, tuple(node.name for node in operands))
     return copies
-
-
-def _reasons(keep_float: AbstractSet[str], islands: Mapping[str, str]) -> dict[str, str]:
-    """Why nodes are left alone, by name."""
-    return {name: f"in a float island: {reason}" for name, reason in islands.items()} | dict.fromkeys(keep_float, _ON_REQUEST)
 
 
 def _floats(types: ValueTypes) -> frozenset[str]:
@@ -205,7 +169,7 @@ def _weight_specs(
     weights: dict[str, QuantSpec] = {}
     floats: list[FloatRow] = []
     for node in source.graph.nodes:
-        reason = _float_reason(source, types, node, reasons)
+        reason = float_reason(source, types, node, reasons)
         weight = source.graph.weight(node)
         if reason is not None:
             floats.append(FloatRow(node.name, node.op_type, reason))
@@ -226,69 +190,25 @@ def _stored_specs(
     for name, node in layers.items():
         array = source.constants[name] if name is not None else np.empty(0)
         if name is not None and array.dtype == np.float32 and array.ndim > 1 and source.graph.readers_of(name) == (node,):
-            uses[name] = (node.name,), channel_axis(source, node)
+            uses[name] = (node.name,), source.channel_axis(node)
     for name, (readers, axis) in uses.items():
         kept = next((node for node in readers if node in keep_float), None)
         if kept is None and scheme.stores:
             bits = max(bits_of.named(node).stored for node in readers)
             specs[name] = weight_spec(bits, axis, scheme.weight_symmetric)
             continue
-        why = _ON_REQUEST if kept is not None else f"the target {scheme.name} takes codes of operands only"
+        why = ON_REQUEST if kept is not None else f"the target {scheme.name} takes codes of operands only"
         what = f"{name!r}, {source.constants[name].size:,} numbers: {why}"
         floats.append(FloatRow(kept or readers[0], "/".join(source.stored[name].operators) if name in source.stored else "", what))
     return specs, floats
 
 
-def _with_storage(source: SourceModel, floats: Sequence[FloatRow], stored: Mapping[str, QuantSpec]) -> list[FloatRow]:
-    """Say of nodes that compute in float that their weights are codes all the same; add control flow, which has no row of its own."""
-    held: dict[str, list[str]] = {}
-    nodes = {node.name: node for node in source.graph.nodes}
-    for name in stored:
-        use = source.stored.get(name)
-        for node in use.nodes if use is not None else [n.name for n in source.graph.readers_of(name)]:
-            if use is None or not use.is_table:
-                held.setdefault(node, []).append(name)
-    rows = [row for row in floats if row.node not in held]
-    reasons = {row.node: row.reason for row in floats}
-    for node, names in held.items():
-        count, bits = sum(source.constants[name].size for name in names), max(stored[name].bits for name in names)
-        kind = nodes[node].op_type
-        reason = reasons.get(node, f"what is inside {kind} runs in float")
-        rows.append(FloatRow(node, kind, f"{reason}; its {count:,} weights are stored as {bits}-bit codes"))
-    return rows
-
-
-def _integer_nodes(flow: "_Flow", weighted: AbstractSet[str]) -> frozenset[str]:
-    """The nodes that run on integers: quantized layers, products of two activations, and element-wise operators that lead to those.
-
-    Readers come after producers, so walking backwards knows of each reader already. A target whose whole graph is on integers takes every
-    operator that reads floats only.
-    """
-    integer = set(weighted)
-    for node in reversed(flow.graph.nodes):
-        data = flow.graph.data_inputs(node)
-        if node.name in integer or node.name in flow.keep_float or not node.is_standard or not data:
-            continue
-        if not {*data, node.outputs[0]} <= flow.quantizable:
-            continue
-        if flow.graph.weight(node) is not None or node.op_type in FUSED_ACTIVATIONS or flow.moves(node):
-            continue
-        if flow.scheme.results == "all":
-            integer.add(node.name)
-            continue
-        has_constant = len(data) < len([value for value in node.inputs if value])
-        leads_on = node.op_type in flow.scheme.elementwise and flow.integer_readers(_result(flow.graph, node), integer)
-        if not has_constant and (node.op_type == "MatMul" or leads_on):
-            integer.add(node.name)
-    return frozenset(integer)
-
-
-def _activation_bits(flow: "_Flow", value: str, integer: AbstractSet[str], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
+def _activation_bits(flow: Flow, value: str, integer: AbstractSet[str], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
     """Bits of a value that is computed or fed (not moved); None where it stays float."""
     if value not in flow.quantizable or bits_of.general.activation_bits >= FLOAT_BITS:
         return None
     bits = _asked_bits(flow.integer_readers(value, integer), bits_of, edge_nodes)
-    if bits is None and _is_quantized_result(flow, value, integer):
+    if bits is None and is_quantized_result(flow, value, integer):
         return bits_of.general.elementwise
     return bits
 
@@ -315,9 +235,7 @@ def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float
     return KNOWN_RANGES.get(node.op_type)
 
 
-def _share_concatenated(
-    flow: "_Flow", integer: AbstractSet[str], activations: dict[str, QuantSpec], tied: dict[str, str]
-) -> dict[str, str]:
+def _share_concatenated(flow: Flow, integer: AbstractSet[str], activations: dict[str, QuantSpec], tied: dict[str, str]) -> dict[str, str]:
     """Give the inputs of each integer Concat one grid, the widest of theirs, and let its output repeat it; returns member -> leader.
 
     Changes both mappings in place. Inputs that two Concats read join their groups.
@@ -356,7 +274,7 @@ def _biases(source: SourceModel, integer: AbstractSet[str], quantized: AbstractS
         weight, bias = source.graph.weight(node), source.graph.bias(node)
         if node.name not in integer or weight is None or bias is None:
             continue
-        reason = _float_bias_reason(source, node, bias) or (None if node.inputs[0] in quantized else "its input is not quantized")
+        reason = float_bias_reason(source, node, bias) or (None if node.inputs[0] in quantized else "its input is not quantized")
         if reason is None:
             biases[bias] = Bias(node.name, weight, node.inputs[0])
         else:
@@ -391,89 +309,11 @@ class _BitsOf:
         return self.own.get(node, self.general)
 
 
-def own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]]) -> dict[str, Precision]:
-    """The nodes that `--bits` gives bits of their own, by name; later patterns win.
-
-    Raises:
-        UsageError: a pattern that selects nothing.
-    """
-    return {name: precision for pattern, precision in asked for name in sorted(match_nodes(graph, [pattern], "--bits"))}
-
-
-def check_own_precisions(graph: Graph, asked: Sequence[tuple[str, Precision]], placement: Placement) -> None:
-    """Refuse bits for nodes that no quantizer meets, where they would change nothing.
-
-    Raises:
-        UsageError: a `--bits` pattern selects such nodes only.
-    """
-    kinds = {node.name: node.op_type for node in graph.nodes}
-    for pattern, _ in asked:
-        selected = match_nodes(graph, [pattern], "--bits")
-        if selected.isdisjoint(placement.met):
-            what, meeting = (", ".join(sorted({kinds[name] for name in names})) for names in (selected, placement.met))
-            near = near_misses(pattern, placement.met | {kinds[name] for name in placement.met})
-            raise UsageError(
-                f"--bits {pattern!r}: selects nodes ({what}) that no quantizer meets, so that bits change nothing there; they matter to "
-                f"{meeting or 'nothing in this model'}{near}"
-            )
-
-
-def match_nodes(graph: Graph, patterns: Sequence[str], option: str = "--keep-float") -> frozenset[str]:
-    """The names of the nodes that patterns select: a node name, an operator type, or a regular expression of node names.
-
-    Raises:
-        UsageError: a pattern that selects nothing, or is no regular expression.
-    """
-    found: set[str] = set()
-    for pattern in patterns:
-        selected = {node.name for node in graph.nodes if pattern in (node.name, node.op_type)}
-        if not selected:
-            try:
-                selected = {node.name for node in graph.nodes if re.fullmatch(pattern, node.name)}
-            except re.error as error:
-                raise UsageError(f"{option} {pattern!r}: names no node and no operator, and is no regular expression: {error}") from error
-        if not selected:
-            known = {node.name for node in graph.nodes} | {node.op_type for node in graph.nodes}
-            raise UsageError(f"{option} {pattern!r}: matches no node name and no operator type{near_misses(pattern, known)}")
-        found |= selected
-    return frozenset(found)
-
-
-def edges(graph: Graph) -> tuple[frozenset[str], frozenset[str]]:
-    """The first weighted layers (no weighted layer before them) and the last (none after them), by dataflow."""
-    weighted = {node.name for node in graph.weighted}
-    below: set[str] = set()  # values computed from a weighted layer
-    first: set[str] = set()
-    for node in graph.nodes:
-        has_ancestor = any(value in below for value in node.inputs)
-        if node.name in weighted and not has_ancestor:
-            first.add(node.name)
-        if node.name in weighted or has_ancestor:
-            below.update(node.outputs)
-    above: set[str] = set()  # values that a weighted layer is computed from
-    last: set[str] = set()
-    for node in reversed(graph.nodes):
-        has_descendant = any(value in above for value in node.outputs)
-        if node.name in weighted and not has_descendant:
-            last.add(node.name)
-        if node.name in weighted or has_descendant:
-            above.update(graph.data_inputs(node))
-    return frozenset(first), frozenset(last)
-
-
-def channel_axis(source: SourceModel, node: Node) -> int:
-    """The output-channel axis of a node's weight in its ONNX layout."""
-    transposed = any(a.name == "transB" and a.i for a in source.node_protos[node.name].attribute)
-    return graph_axis(node.op_type, source.constants[node.inputs[WEIGHT_INPUT[node.op_type]]].ndim, transposed)
-
-
 def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, bits: int, block: int | None) -> QuantSpec:
     if block is not None and node.op_type in ("MatMul", "Gemm"):
         rank = source.constants[node.inputs[1]].ndim
-        return weight_spec(
-            bits, 2 * rank - 3 - channel_axis(source, node), scheme.weight_symmetric, block
-        )  # the other of the last two axes
-    axis = channel_axis(source, node) if node.op_type in scheme.per_channel else None
+        return weight_spec(bits, 2 * rank - 3 - source.channel_axis(node), scheme.weight_symmetric, block)  # the other of the last two axes
+    axis = source.channel_axis(node) if node.op_type in scheme.per_channel else None
     return weight_spec(bits, axis, scheme.weight_symmetric)
 
 
@@ -484,142 +324,3 @@ def _tied_weight_spec(known: QuantSpec | None, spec: QuantSpec) -> QuantSpec:
     wider = known if known.bits >= spec.bits else spec
     axis = known.axis if (known.axis, known.block) == (spec.axis, spec.block) else None
     return QuantSpec(wider.bits, wider.signed, wider.symmetric, axis, wider.narrow, block=wider.block if axis is not None else None)
-
-
-def _float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: Mapping[str, str]) -> str | None:
-    """Why a node that has weights stays float; None for quantized nodes and for nodes without weights."""
-    graph = source.graph
-    weight = graph.weight(node)
-    if weight is None:
-        if node.op_type in RECURRENT or (node.op_type in _FUSED and not node.is_standard):
-            return "no integer form of this operator is supported"
-        return None
-    if node.name in reasons:
-        return reasons[node.name]
-    if source.constants[weight].dtype.name != "float32":
-        return f"its weight is {source.constants[weight].dtype.name}, not float32"
-    if source.constants[weight].size == 0:
-        return "its weight is empty"
-    if source.constants[weight].ndim < 2:
-        return "its weight is a vector"
-    if any(
-        graph.weight(reader) != weight or reader.inputs.count(weight) > 1 or reader.name in reasons for reader in graph.readers_of(weight)
-    ):
-        return "its weight is read by a node that stays float, too"
-    if types.dtypes.get(node.inputs[0]) != TensorProto.FLOAT:
-        return "the type of its input is not known to be float32"
-    return None
-
-
-def _float_bias_reason(source: SourceModel, node: Node, bias: str) -> str | None:
-    array = source.constants[bias]
-    if array.dtype.name != "float32":
-        return f"it is {array.dtype.name}"
-    if len(source.graph.readers_of(bias)) > 1 or node.inputs.count(bias) > 1:
-        return "several nodes share it"
-    channels = source.constants[node.inputs[1]].shape[channel_axis(source, node)]
-    if array.size != channels or array.shape[-1:] != (channels,):
-        return f"its shape {list(array.shape)} is not one value per channel"
-    attributes = {a.name: a.f for a in source.node_protos[node.name].attribute}
-    if node.op_type == "Gemm" and (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) != (1.0, 1.0):
-        return "Gemm scales it (alpha or beta is not 1)"
-    if node.op_type == "ConvTranspose":
-        return "transposed convolutions run in float"
-    return None
-
-
-def _result(graph: Graph, node: Node) -> str:
-    """The value behind a node's activation, where it has one of its own; else the node's output."""
-    value = node.outputs[0]
-    readers = graph.readers_of(value)
-    if len(readers) == 1 and readers[0].op_type in FUSED_ACTIVATIONS and readers[0].inputs[0] == value and value not in graph.outputs:
-        return readers[0].outputs[0]
-    return value
-
-
-def _is_quantized_result(flow: "_Flow", value: str, integer: AbstractSet[str]) -> bool:
-    """Whether a target quantizes a result that nothing on integers reads.
-
-    Integer convolutions need it: they only run on integers when their result is quantized; matrix products may leave floats behind.
-    """
-    node = flow.graph.producer.get(value)
-    if node is None:
-        return flow.scheme.results == "all"
-    if node.op_type in FUSED_ACTIVATIONS and (origin := flow.graph.producer.get(node.inputs[0])) is not None:
-        node = origin if _result(flow.graph, origin) == value else node
-    if flow.scheme.results == "all":
-        return (node.name in integer or node.op_type in FUSED_ACTIVATIONS) and _result(flow.graph, node) == value
-    fuses = flow.scheme.results == "convolutions" and node.op_type == "Conv" and node.name in integer
-    return fuses and _result(flow.graph, node) == value and value not in flow.graph.outputs
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """The graph with data movement looked through."""
-
-    model: SourceModel
-    quantizable: AbstractSet[str]
-    keep_float: AbstractSet[str]
-    scheme: Scheme
-    copies: AbstractSet[str] = frozenset()
-
-    @property
-    def graph(self) -> Graph:
-        return self.model.graph
-
-    def moves(self, node: Node) -> bool:
-        return (
-            node.op_type in DATA_MOVEMENT
-            and node.is_standard
-            and node.name not in self.keep_float
-            and len([v for v in node.outputs if v]) == 1
-            and node.outputs[0] in self.quantizable
-            and node.outputs[0] not in self.copies
-            and (node.op_type != "Pad" or self._pads_with_zero(node))
-        )
-
-    def _pads_with_zero(self, node: Node) -> bool:
-        """Zero is on every grid; another constant need not be."""
-        if len(node.inputs) < 3 or not node.inputs[2]:
-            return True
-        return node.inputs[2] in self.model.constants and not self.model.constants[node.inputs[2]].any()
-
-    def source(self, value: str) -> str:
-        """The value that this one is a rearrangement of (itself, if it is computed)."""
-        node = self.graph.producer.get(value)
-        while node is not None and self.moves(node):
-            value = node.inputs[0]
-            node = self.graph.producer.get(value)
-        return value
-
-    def direct_readers(self, value: str, integer: AbstractSet[str]) -> list[Node]:
-        """The integer operators that read a value itself."""
-        return [node for node in self.graph.readers_of(value) if node.name in integer and value in self._quantized_inputs(node)]
-
-    def integer_readers(self, value: str, integer: AbstractSet[str]) -> list[Node]:
-        """The integer operators that read a value, directly or rearranged."""
-        found: list[Node] = []
-        for node in self.graph.readers_of(value):
-            if node.name in integer and value in self._quantized_inputs(node):
-                found.append(node)
-            elif node.name not in integer and self.moves(node) and node.inputs[0] == value:
-                found += self.integer_readers(node.outputs[0], integer)
-        return found
-
-    def is_quantized_output(self, value: str) -> bool:
-        return value in self.graph.outputs and self.scheme.results == "all"
-
-    def _quantized_inputs(self, node: Node) -> tuple[str, ...]:
-        """Of a weighted node only the activation (input 0) is an operand: a computed bias stays float."""
-        if self.graph.weight(node) is not None:
-            return node.inputs[:1]
-        if node.op_type == "Add" and self.scheme.shortcut_only:
-            fused = [value for value in node.inputs if self._is_only_read_by(value, node)]
-            return tuple(value for value in node.inputs if value not in fused[-1:])
-        return node.inputs
-
-    def _is_only_read_by(self, value: str, node: Node) -> bool:
-        """Whether a convolution's result goes to this node alone, so that a runtime can compute the node in the convolution."""
-        producer = self.graph.producer.get(value)
-        made = producer is not None and producer.op_type == "Conv" and self.graph.weight(producer) is not None
-        return made and self.graph.readers_of(value) == (node,) and value not in self.graph.outputs

@@ -10,10 +10,10 @@ from .config import LAYERWISE, Config
 from .errors import UsageError, near_misses
 from .losses import energy, full_loss
 from .partition import Block
-from .placement import own_precisions
 from .quant_table import QuantTable
 from .reconstruction import learned_weights
 from .samples import Samples
+from .selection import own_precisions
 from .source import SourceModel, ValueTypes
 
 

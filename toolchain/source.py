@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, shape_inference
 from . import large, runtime
 from .copies import insert_copies
 from .errors import MrecgError, UnsupportedModelError
-from .graph import Graph, Node, schedule
+from .graph import WEIGHT_INPUT, Graph, Node, channel_axis, schedule
 from .normalise import normalised, read, subgraphs
 from .quant_table import Copy
 from .stored import StoredWeight, find_stored, lift_weights
@@ -82,6 +82,11 @@ class SourceModel:
         """The number of samples that the inputs declare, or None where it is open."""
         sizes = [spec.shape[spec.axis] for spec in self.inputs if spec.axis is not None]
         return next((size for size in sizes if isinstance(size, int)), None)
+
+    def channel_axis(self, node: Node) -> int:
+        """The output-channel axis of a node's weight in its ONNX layout."""
+        transposed = any(a.name == "transB" and a.i for a in self.node_protos[node.name].attribute)
+        return channel_axis(node.op_type, self.constants[node.inputs[WEIGHT_INPUT[node.op_type]]].ndim, transposed)
 
     def with_copies(self, copies: Mapping[str, Copy]) -> "SourceModel":
         """The model with copies of values for some of their readers; itself where it has them already."""

@@ -10,9 +10,10 @@ from .importing import cut_blocks
 from .islands import IslandRow, find_islands, island_rows
 from .memory import Demand, demand
 from .partition import Block
-from .placement import check_own_precisions, match_nodes, own_precisions, place
+from .placement import place
 from .plan import BlockRow, Plan, block_rows, make_plan
 from .samples import Samples, check_labels
+from .selection import check_own_precisions, match_nodes, own_precisions
 from .source import SourceModel, ValueTypes, infer_types
 
 _ASSUMED_AXIS = 224
@@ -24,7 +25,7 @@ def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[Block
     islands, kept = find_islands(source, types), match_nodes(source.graph, config.keep_float)
     if own := own_precisions(source.graph, config.own_bits):
         placement = place(source, types, config.scheme, config.precision, kept, islands, own)
-        check_own_precisions(source.graph, config.own_bits, placement)
+        check_own_precisions(source.graph, config.own_bits, placement.met)
     rows = block_rows(source, types, cut_blocks(source, types, islands, config), config)
     if config.merge:
         make_plan(source, rows, config)

@@ -48,7 +48,6 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
 
     from .. import encodings
     from ..normalise import read
-    from ..placement import channel_axis
     from ..scheme import scheme_for
     from ..source import load_source
 
@@ -59,7 +58,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     source = load_source(model)
     learned_for = None
     if '"activation_encodings"' in text:
-        axes = {weight: channel_axis(source, node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
+        axes = {weight: source.channel_axis(node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
         table = aimet.from_aimet(aimet.loads(text, str(table_file)), source.constants, axes, str(table_file))
         table = aimet.with_copies(read(model), table)
     else:

@@ -1,0 +1,170 @@
+"""The dataflow of a model as quantizers see it: data movement looked through, and which operators run on integers."""
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from .graph import Graph, Node
+from .scheme import Scheme
+from .source import SourceModel
+
+DATA_MOVEMENT = frozenset(
+    {
+        "MaxPool",
+        "Reshape",
+        "Flatten",
+        "Transpose",
+        "Squeeze",
+        "Unsqueeze",
+        "Slice",
+        "Identity",
+        "DepthToSpace",
+        "SpaceToDepth",
+        "Pad",
+        "Dropout",
+    }
+)
+FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The graph with data movement looked through."""
+
+    model: SourceModel
+    quantizable: AbstractSet[str]
+    keep_float: AbstractSet[str]
+    scheme: Scheme
+    copies: AbstractSet[str] = frozenset()
+
+    @property
+    def graph(self) -> Graph:
+        return self.model.graph
+
+    def moves(self, node: Node) -> bool:
+        return (
+            node.op_type in DATA_MOVEMENT
+            and node.is_standard
+            and node.name not in self.keep_float
+            and len([v for v in node.outputs if v]) == 1
+            and node.outputs[0] in self.quantizable
+            and node.outputs[0] not in self.copies
+            and (node.op_type != "Pad" or self._pads_with_zero(node))
+        )
+
+    def _pads_with_zero(self, node: Node) -> bool:
+        """Zero is on every grid; another constant need not be."""
+        if len(node.inputs) < 3 or not node.inputs[2]:
+            return True
+        return node.inputs[2] in self.model.constants and not self.model.constants[node.inputs[2]].any()
+
+    def source(self, value: str) -> str:
+        """The value that this one is a rearrangement of (itself, if it is computed)."""
+        node = self.graph.producer.get(value)
+        while node is not None and self.moves(node):
+            value = node.inputs[0]
+            node = self.graph.producer.get(value)
+        return value
+
+    def direct_readers(self, value: str, integer: AbstractSet[str]) -> list[Node]:
+        """The integer operators that read a value itself."""
+        return [node for node in self.graph.readers_of(value) if node.name in integer and value in self._quantized_inputs(node)]
+
+    def integer_readers(self, value: str, integer: AbstractSet[str]) -> list[Node]:
+        """The integer operators that read a value, directly or rearranged."""
+        found: list[Node] = []
+        for node in self.graph.readers_of(value):
+            if node.name in integer and value in self._quantized_inputs(node):
+                found.append(node)
+            elif node.name not in integer and self.moves(node) and node.inputs[0] == value:
+                found += self.integer_readers(node.outputs[0], integer)
+        return found
+
+    def is_quantized_output(self, value: str) -> bool:
+        return value in self.graph.outputs and self.scheme.results == "all"
+
+    def _quantized_inputs(self, node: Node) -> tuple[str, ...]:
+        """Of a weighted node only the activation (input 0) is an operand: a computed bias stays float."""
+        if self.graph.weight(node) is not None:
+            return node.inputs[:1]
+        if node.op_type == "Add" and self.scheme.shortcut_only:
+            fused = [value for value in node.inputs if self._is_only_read_by(value, node)]
+            return tuple(value for value in node.inputs if value not in fused[-1:])
+        return node.inputs
+
+    def _is_only_read_by(self, value: str, node: Node) -> bool:
+        """Whether a convolution's result goes to this node alone, so that a runtime can compute the node in the convolution."""
+        producer = self.graph.producer.get(value)
+        made = producer is not None and producer.op_type == "Conv" and self.graph.weight(producer) is not None
+        return made and self.graph.readers_of(value) == (node,) and value not in self.graph.outputs
+
+
+def integer_nodes(flow: Flow, weighted: AbstractSet[str]) -> frozenset[str]:
+    """The nodes that run on integers: quantized layers, products of two activations, and element-wise operators that lead to those.
+
+    Readers come after producers, so walking backwards knows of each reader already. A target whose whole graph is on integers takes every
+    operator that reads floats only.
+    """
+    integer = set(weighted)
+    for node in reversed(flow.graph.nodes):
+        data = flow.graph.data_inputs(node)
+        if node.name in integer or node.name in flow.keep_float or not node.is_standard or not data:
+            continue
+        if not {*data, node.outputs[0]} <= flow.quantizable:
+            continue
+        if flow.graph.weight(node) is not None or node.op_type in FUSED_ACTIVATIONS or flow.moves(node):
+            continue
+        if flow.scheme.results == "all":
+            integer.add(node.name)
+            continue
+        has_constant = len(data) < len([value for value in node.inputs if value])
+        leads_on = node.op_type in flow.scheme.elementwise and flow.integer_readers(result_of(flow.graph, node), integer)
+        if not has_constant and (node.op_type == "MatMul" or leads_on):
+            integer.add(node.name)
+    return frozenset(integer)
+
+
+def edges(graph: Graph) -> tuple[frozenset[str], frozenset[str]]:
+    """The first weighted layers (no weighted layer before them) and the last (none after them), by dataflow."""
+    weighted = {node.name for node in graph.weighted}
+    below: set[str] = set()  # values computed from a weighted layer
+    first: set[str] = set()
+    for node in graph.nodes:
+        has_ancestor = any(value in below for value in node.inputs)
+        if node.name in weighted and not has_ancestor:
+            first.add(node.name)
+        if node.name in weighted or has_ancestor:
+            below.update(node.outputs)
+    above: set[str] = set()  # values that a weighted layer is computed from
+    last: set[str] = set()
+    for node in reversed(graph.nodes):
+        has_descendant = any(value in above for value in node.outputs)
+        if node.name in weighted and not has_descendant:
+            last.add(node.name)
+        if node.name in weighted or has_descendant:
+            above.update(graph.data_inputs(node))
+    return frozenset(first), frozenset(last)
+
+
+def result_of(graph: Graph, node: Node) -> str:
+    """The value behind a node's activation, where it has one of its own; else the node's output."""
+    value = node.outputs[0]
+    readers = graph.readers_of(value)
+    if len(readers) == 1 and readers[0].op_type in FUSED_ACTIVATIONS and readers[0].inputs[0] == value and value not in graph.outputs:
+        return readers[0].outputs[0]
+    return value
+
+
+def is_quantized_result(flow: Flow, value: str, integer: AbstractSet[str]) -> bool:
+    """Whether a target quantizes a result that nothing on integers reads.
+
+    Integer convolutions need it: they only run on integers when their result is quantized; matrix products may leave floats behind.
+    """
+    node = flow.graph.producer.get(value)
+    if node is None:
+        return flow.scheme.results == "all"
+    if node.op_type in FUSED_ACTIVATIONS and (origin := flow.graph.producer.get(node.inputs[0])) is not None:
+        node = origin if result_of(flow.graph, origin) == value else node
+    if flow.scheme.results == "all":
+        return (node.name in integer or node.op_type in FUSED_ACTIVATIONS) and result_of(flow.graph, node) == value
+    fuses = flow.scheme.results == "convolutions" and node.op_type == "Conv" and node.name in integer
+    return fuses and result_of(flow.graph, node) == value and value not in flow.graph.outputs
