@@ -15,6 +15,13 @@ from onnx import TensorProto, numpy_helper
 EFFECTS = ("refused", "inexact", "slow")
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _NAMES = TensorProto.DataType.Name
+# Of https://github.com/onnxruntime/onnxruntime-qnn/pull/476 and 477.
+_QNN_BLOCKS: Mapping[int, int] = {
+    TensorProto.INT2: 16,
+    TensorProto.UINT2: 16,
+    **dict.fromkeys((TensorProto.INT4, TensorProto.UINT4), 8),
+    TensorProto.INT8: 4,
+}
 _INT4 = frozenset({TensorProto.INT4, TensorProto.UINT4})
 _FLOAT8 = frozenset({TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorProto.FLOAT8E4M3FNUZ, TensorProto.FLOAT8E5M2FNUZ})
 
@@ -178,14 +185,20 @@ def _tensorrt(file: File) -> Iterator[Violation]:
 
 
 def _openvino(file: File) -> Iterator[Violation]:
-    allowed = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, *_INT4}
+    allowed = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16, TensorProto.UINT16, *_INT4, TensorProto.FLOAT8E4M3FN}
     for pair in file.pairs:
         if pair.quantizes and pair.kind not in allowed:
-            yield _at(pair.node, f"QuantizeLinear to {_NAMES(pair.kind)} is not supported: 4, 8 and 16-bit integers are")
-        if not pair.quantizes and pair.kind in (TensorProto.INT2, TensorProto.UINT2, *_FLOAT8):
+            yield _at(pair.node, f"QuantizeLinear to {_NAMES(pair.kind)} is not supported: 4 and 8-bit integers are")
+        elif not pair.quantizes and pair.kind in (TensorProto.INT2, TensorProto.UINT2, *(_FLOAT8 - allowed)):
             yield _at(pair.node, f"DequantizeLinear of {_NAMES(pair.kind)} is not supported")
         if pair.quantizes and pair.kind in (TensorProto.INT16, TensorProto.UINT16):
-            yield _at(pair.node, "16-bit activations run in float", "slow")
+            yield _at(pair.node, "OpenVINO takes 16-bit quantizers out of the graph", "inexact")
+        if pair.quantizes and pair.kind == TensorProto.FLOAT8E4M3FN:
+            yield _at(pair.node, "OpenVINO rounds fp8 activations otherwise", "inexact")
+        if pair.block and pair.codes is not None and pair.scale is not None:
+            axis = next((a.i for a in pair.node.attribute if a.name == "axis"), 1)
+            if pair.codes.shape[axis] % pair.block:
+                yield _at(pair.node, f"blocks of {pair.block} do not fill an axis of {pair.codes.shape[axis]}")
         if not pair.is_constant and not pair.per_tensor:
             yield _at(pair.node, "activations with a scale for each channel keep the layer in float", "slow")
     for node in file.graph.node:
@@ -237,11 +250,15 @@ def _qnn(file: File) -> Iterator[Violation]:
             yield _at(pair.node, f"{_NAMES(pair.kind)} activations are not supported: 8 and 16 bits are")
         if not pair.is_constant and not pair.per_tensor:
             yield _at(pair.node, "activations have one scale for the tensor")
-        if pair.block:
-            yield _at(pair.node, "block-wise weights are not supported")
     for node, weight in file.weighted():
-        if node.op_type not in ("Conv", "ConvTranspose") and not weight.per_tensor:
-            yield _at(node, "a scale for each channel is for convolutions only")
+        source = file.dequantized(node.input[0])
+        least = _QNN_BLOCKS.get(weight.kind, 1)
+        if weight.block and (source is None or source.kind not in (TensorProto.UINT16, TensorProto.INT16)):
+            yield _at(node, "block-wise weights need activations of 16 bits (and version 2.4 of the execution provider)")
+        elif weight.block % least:
+            yield _at(node, f"blocks of {_NAMES(weight.kind)} weights must be a multiple of {least}")
+        elif node.op_type not in ("Conv", "ConvTranspose") and not weight.per_tensor and not weight.block:
+            yield _at(node, "a scale for each channel of a matrix product: older execution providers leave it to the CPU", "slow")
         if not weight.per_tensor and weight.zero_point is not None and np.asarray(weight.zero_point, np.int32).any():
             yield _at(node, "weights with a scale for each channel have no zero points")
         if len(node.input) > 2 and node.input[2] and file.dequantized(node.input[2]) is None:

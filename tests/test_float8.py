@@ -80,7 +80,7 @@ def test_a_searched_range_is_no_worse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "activations"), [("tensorrt", 8), ("tensorrt", 32), ("ort-cpu", 32), ("ort-cuda", 32), ("academic", 32)]
+    ("target", "activations"), [("tensorrt", 8), ("tensorrt", 32), ("openvino", 32), ("ort-cpu", 32), ("ort-cuda", 32), ("academic", 32)]
 )
 def test_the_file_is_the_simulation(target: str, activations: int, tmp_path: Path) -> None:
     source, config, found = made(tmp_path, target=target, activation_bits=activations)
@@ -113,7 +113,8 @@ def test_files_with_fp8_activations_load_by_default_nowhere_but_in_tensorrt(tmp_
     [
         ({"target": "ort-cpu"}, "integer kernels that do not exist"),
         ({"target": "qnn"}, "qnn has no fp8"),
-        ({"target": "openvino", "activation_bits": 32}, "openvino has no fp8"),
+        ({"target": "portable", "activation_bits": 32}, "portable has no fp8"),
+        ({"target": "openvino"}, "rounds fp8 activations otherwise"),
         ({"weight_bits": 4}, "has 8 bits"),
         ({"activation_bits": 32, "block_size": 32}, "block-wise"),
         ({"algorithm": "qdrop"}, "use --algorithm mse"),

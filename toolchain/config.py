@@ -193,13 +193,14 @@ class Config:
         if self.merge and self.units != "manual":
             raise UsageError("--merge only goes with --units manual")
         _ = self.memory  # refuse bad spellings early
-        refused = refusal(self.scheme, self.precision)
-        if refused is not None:
-            raise UsageError(refused)
-        if self.precision.float8 and self.algorithm not in ("minmax", "mse"):
-            raise UsageError(f"--algorithm {self.algorithm}: finds integer grids; fp8 is rounded to nearest: use --algorithm mse or minmax")
         if self.precision.float8 and self.bits:
             raise UsageError("--bits: gives nodes integers of their own, beside which fp8 does not load: leave it out, or use --keep-float")
+        for precision in (self.precision, *(own for _, own in self.own_bits)):
+            refused = refusal(self.scheme, precision)
+            if refused is not None:
+                raise UsageError(refused)
+        if self.precision.float8 and self.algorithm not in ("minmax", "mse"):
+            raise UsageError(f"--algorithm {self.algorithm}: finds integer grids; fp8 is rounded to nearest: use --algorithm mse or minmax")
         if self.algorithm == "bit-split" and not self.scheme.weight_symmetric:
             raise UsageError("--algorithm bit-split: splits codes around zero into bits; add --weight-scheme symmetric")
 

@@ -311,8 +311,10 @@ class _BitsOf:
 
 def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, bits: int, block: int | None) -> QuantSpec:
     if block is not None and node.op_type in ("MatMul", "Gemm"):
-        rank = source.constants[node.inputs[1]].ndim
-        return weight_spec(bits, 2 * rank - 3 - source.channel_axis(node), scheme.weight_symmetric, block)  # the other of the last two axes
+        shape = source.constants[node.inputs[1]].shape
+        summed = 2 * len(shape) - 3 - source.channel_axis(node)  # the other of the last two axes
+        if not scheme.whole_blocks or shape[summed] % block == 0:
+            return weight_spec(bits, summed, scheme.weight_symmetric, block)
     axis = source.channel_axis(node) if node.op_type in scheme.per_channel else None
     return weight_spec(bits, axis, scheme.weight_symmetric)
 

@@ -36,6 +36,7 @@ class Scheme:
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
         float8: what may be in E4M3: `all`, `weights` beside float activations, or `none`.
+        whole_blocks: blocks of weights must fill the axis that they cut; weights where they do not have one scale for each channel.
         stores: weights that no integer kernel reads (tables, recurrent layers, control flow, islands) are codes in the file all the same.
     """
 
@@ -53,6 +54,7 @@ class Scheme:
     storage: str = "fast"
     reduce_range: bool = False
     float8: str = "none"
+    whole_blocks: bool = False
     stores: bool = False
 
     @property
@@ -134,6 +136,7 @@ TARGETS: Mapping[str, Scheme] = {
             elementwise=_POOLS | {"Add"},
             shortcut_only=True,
             float8="all",
+            whole_blocks=True,
         ),
         Scheme(
             "openvino",
@@ -145,6 +148,8 @@ TARGETS: Mapping[str, Scheme] = {
             shortcut_only=True,
             shared_concat=True,
             reduce_range=True,
+            float8="weights",
+            whole_blocks=True,
         ),
         Scheme(
             "qnn",
@@ -195,8 +200,13 @@ def refusal(scheme: Scheme, precision: "Precision") -> str | None:
     name, bits, block = scheme.name, precision.activation_bits, precision.block_size
     if precision.float8:
         return _float8_refusal(scheme, precision)
-    if bits == 16 and name in ("tensorrt", "portable"):
-        return f"{name} has no 16-bit integers: use --activation-bits 8, or --target ort-cpu, openvino or qnn"
+    if 16 in (bits, precision.elementwise) and name in ("tensorrt", "portable"):
+        return f"{name} has no 16-bit integers: use --activation-bits 8, or --target ort-cpu or qnn"
+    if 16 in (bits, precision.elementwise) and name == "openvino":
+        return (
+            "OpenVINO takes 16-bit quantizers out of the graph and computes something else: use --activation-bits 8, or 32 for float "
+            "activations"
+        )
     if scheme.storage == "small" and name == "portable":
         return "packed weights need opset 21, which portable files avoid: use --storage fast"
     if scheme.storage == "small" and name == "tensorrt" and (bits < FLOAT_BITS or block is None):
@@ -204,8 +214,10 @@ def refusal(scheme: Scheme, precision: "Precision") -> str | None:
             "TensorRT takes int4 for block-wise weights beside float activations only: use --storage fast, or --activation-bits 32 with "
             "--block-size 64"
         )
-    if block is not None and name in ("qnn", "portable"):
-        return f"{name} has no block-wise DequantizeLinear: leave --block-size out, or use another --target"
+    if block is not None and name == "portable":
+        return "portable has no block-wise DequantizeLinear: leave --block-size out, or use another --target"
+    if block is not None and name == "qnn":
+        return "the HTP takes block-wise weights beside 16-bit activations only, and --block-size is for float ones: leave it out"
     if block is not None and bits < FLOAT_BITS:
         return "--block-size is for weights beside float activations: integer kernels have one scale per channel; add --activation-bits 32"
     if not scheme.weight_symmetric and name in ("tensorrt", "qnn", "portable"):
@@ -225,10 +237,12 @@ def _float8_refusal(scheme: Scheme, precision: "Precision") -> str | None:
     if scheme.float8 == "none":
         return f"{scheme.name} has no fp8: use --precision w8a8, or another --target"
     if scheme.float8 == "weights" and precision.activation_bits < FLOAT_BITS:
-        return (
-            "ONNX Runtime fuses fp8 operands into integer kernels that do not exist, so that the file would not load: use "
-            "--activation-bits 32 for fp8 weights only, or --target tensorrt"
+        why = (
+            "OpenVINO rounds fp8 activations otherwise than the file says"
+            if scheme.name == "openvino"
+            else "ONNX Runtime fuses fp8 operands into integer kernels that do not exist, so that the file would not load"
         )
+        return f"{why}: use --activation-bits 32 for fp8 weights only, or --target tensorrt"
     return None
 
 
