@@ -102,7 +102,17 @@ def loop() -> onnx.ModelProto:
     return b.model(b.op("Loop", rounds, true, b.op("Relu", "x"), body=graph))
 
 
+def products() -> onnx.ModelProto:
+    """A weight on the left, one of an Einsum, and one of an operator that ONNX Runtime's optimiser makes."""
+    b = zoo.Builder({"x": ["N", 32, 8]})
+    x = b.op("MatMul", b.weight("left", (40, 32), 32), "x")
+    x = b.op("Einsum", x, b.weight("summed", (40, 48), 40), equation="nij,ik->njk")
+    x = b.op("FusedMatMul", b.op("Tanh", x), b.weight("fused", (48, 32), 48), domain="com.microsoft")
+    return b.model(b.op("MatMul", x, b.weight("w", (32, 12), 32)))
+
+
 MODELS = {
+    "products": (products, Samples({"x": normal(COUNT, 32, 8)})),
     "embedding": (lambda: embedding(), Samples({"tokens": RNG.integers(0, 100, (COUNT, 6))})),
     "embedding, columns": (lambda: embedding(1), Samples({"tokens": RNG.integers(0, 100, (COUNT, 6))})),
     "lookups in branches": (lookups_in_branches, Samples({"tokens": RNG.integers(0, 100, (COUNT, 6))})),
@@ -129,9 +139,11 @@ def test_what_computes_in_float_is_stored_as_codes(name: str, tmp_path: Path) ->
     assert not [t.name for t in exported.graph.initializer if t.data_type == TensorProto.FLOAT and t.name in source.stored]
     floats = runtime.run(runtime.session(source.model), samples.inputs)
     written = runtime.run(runtime.session(exported, optimization=Optimization.NONE), samples.inputs)
+    deployed = runtime.run(runtime.session(exported), samples.inputs)
     simulated = simulate(source, found.table, samples, torch.device("cpu"), found.islands)
     for output, array in written.items():
         assert sqnr(floats[output], array) > 25
+        assert sqnr(floats[output], deployed[output]) > 25
         assert sqnr(simulated[output], array) > 60  # float32 sums in another order; a rounding tie here and there
 
 
@@ -215,6 +227,14 @@ def test_layers_in_islands_are_stored_too(tmp_path: Path, monkeypatch: pytest.Mo
     simulated = simulate(source, found.table, samples, torch.device("cpu"), found.islands)
     for output, array in written.items():
         assert sqnr(simulated[output], array) > 40
+
+
+def test_constants_that_are_no_weights_are_named(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 64, 64]})
+    x = b.op("Add", b.op("MatMul", "x", b.weight("w", (64, 64), 64)), b.constant("positions", normal(64, 64)))
+    source = zoo.loaded(b.model(b.op("Tanh", x)), tmp_path)
+    found = quantize(source, Samples({"x": normal(COUNT, 64, 64)}), FAST)
+    assert any(row.reason.startswith("'positions', 4,096 numbers: neither an operand") for row in found.placement.floats)
 
 
 def test_on_request_and_for_targets_without_codes_they_stay_float(tmp_path: Path) -> None:

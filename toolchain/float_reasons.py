@@ -9,9 +9,10 @@ from onnx import TensorProto
 from .graph import Node
 from .quant_table import QuantSpec
 from .source import SourceModel, ValueTypes
-from .stored import RECURRENT
+from .stored import CONTROL_FLOW, RECURRENT
 
 ON_REQUEST = "kept float on request"
+_LARGE = 4096  # numbers of a constant that is worth a word
 _FUSED = frozenset({"Attention", "EmbedLayerNormalization"})  # of com.microsoft, with weights among their inputs
 
 
@@ -72,6 +73,18 @@ def float_bias_reason(source: SourceModel, node: Node, bias: str) -> str | None:
     return None
 
 
+def other_constants(source: SourceModel) -> list[FloatRow]:
+    """Large constants that are no weights: what some layer adds, a table that is sliced."""
+    graph = source.graph
+    known = {name for node in graph.nodes for name in source.weights_of(node)} | source.stored.keys()
+    rows = []
+    for name, array in source.constants.items():
+        if name not in known and array.dtype.name == "float32" and array.size >= _LARGE and (readers := graph.readers_of(name)):
+            what = f"{name!r}, {array.size:,} numbers: neither an operand of a layer nor looked up"
+            rows.append(FloatRow(readers[0].name, readers[0].op_type, what))
+    return rows
+
+
 def with_storage(source: SourceModel, floats: Sequence[FloatRow], stored: Mapping[str, QuantSpec]) -> list[FloatRow]:
     """Say of nodes that compute in float that their weights are codes all the same; add control flow, which has no row of its own."""
     held: dict[str, list[str]] = {}
@@ -86,6 +99,7 @@ def with_storage(source: SourceModel, floats: Sequence[FloatRow], stored: Mappin
     for node, names in held.items():
         count, bits = sum(source.constants[name].size for name in names), max(stored[name].bits for name in names)
         kind = nodes[node].op_type
-        reason = reasons.get(node, f"what is inside {kind} runs in float")
+        own = f"what is inside {kind} runs in float" if kind in CONTROL_FLOW else f"no integer form of this {kind} is supported"
+        reason = reasons.get(node, own)
         rows.append(FloatRow(node, kind, f"{reason}; its {count:,} weights are stored as {bits}-bit codes"))
     return rows

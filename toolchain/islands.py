@@ -19,9 +19,9 @@ from .graph import WEIGHT_INPUT, Graph, Node
 from .normalise import subgraphs
 from .partition import Block
 from .source import QUANTIZED_OPS, SourceModel, ValueTypes
+from .stored import CONTROL_FLOW
 from .torch_import import Observer, can_import
 
-_CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 _RANDOM = frozenset({"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"})
 _DATA_DEPENDENT = frozenset({"NonMaxSuppression", "NonZero", "Unique", "Compress"})
 # The element types that torch and NumPy share.
@@ -143,7 +143,7 @@ def cut(source: SourceModel, types: ValueTypes, block: Block, fed: Sequence[str]
 
 def _foreign(graph: Graph, types: ValueTypes, node: Node) -> str | None:
     """Why a node is none of torch's business, whatever converters there are."""
-    if node.op_type in _CONTROL_FLOW and node.is_standard:
+    if node.op_type in CONTROL_FLOW and node.is_standard:
         return f"{node.op_type} is control flow"
     if node.op_type in QUANTIZED_OPS or node.op_type.startswith("QLinear"):
         return f"{node.op_type} is quantized already"

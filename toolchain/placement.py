@@ -23,7 +23,7 @@ from types import MappingProxyType
 import numpy as np
 from onnx import TensorProto
 
-from .float_reasons import ON_REQUEST, FloatRow, float_bias_reason, float_reason, reasons_of, with_storage
+from .float_reasons import ON_REQUEST, FloatRow, float_bias_reason, float_reason, other_constants, reasons_of, with_storage
 from .flow import Flow, edges, integer_nodes, is_quantized_result
 from .graph import WEIGHT_INPUT, Graph, Node
 from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_spec
@@ -91,7 +91,7 @@ def place(
     reasons = reasons_of(keep_float, islands)
     stored, unstored = _stored_specs(source, scheme, bits_of, keep_float, islands.keys())
     weights, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
-    floats = [*with_storage(source, floats, stored), *unstored]
+    floats = [*with_storage(source, floats, stored), *unstored, *other_constants(source)]
     flow = Flow(source, _floats(types), reasons.keys(), scheme, copies.keys())
     integer = integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
     copied = {copy.origin for copy in copies.values()}

@@ -1,8 +1,9 @@
 """Weights that no integer kernel computes with, but that a file may hold as integers all the same.
 
-Tables that are looked up (embeddings), the weights of recurrent layers, and what the bodies of control flow (If, Loop, Scan) multiply with
-are most of some models. Their operators run in float; the weights are kept as codes and dequantized where they are read: a table behind
-the lookup, so that only the rows that were asked for are dequantized, everything else in front of its reader.
+Tables that are looked up (embeddings), the weights of recurrent layers, weights on the left of a product, and what the bodies of control
+flow (If, Loop, Scan) multiply with are most of some models. Their operators run in float; the weights are kept as codes and dequantized
+where they are read: a table behind the lookup, so that only the rows that were asked for are dequantized, everything else in front of its
+reader.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,10 @@ from onnx import TensorProto
 from .graph import ONNX_DOMAINS, WEIGHT_INPUT, Graph, channel_axis
 from .normalise import rename_values, subgraphs
 
+CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+# Operators that ONNX Runtime's own optimiser makes: where their weight is.
+_FUSED_WEIGHT = {"Attention": 1, "FusedMatMul": 1, "FusedGemm": 1, "FusedConv": 1}
 _SMALLEST = 1024  # numbers: scales and names of fewer eat up what their codes save
 _COMPUTED = -1  # no channel axis: the reader does something with the value that codes are not good for
 
@@ -90,14 +94,21 @@ def lift_weights(graph: onnx.GraphProto) -> None:
 
 def _axis(read: Read, rank: int) -> int | None:
     node, index = read.node, read.index
+    attributes = {a.name: a.i for a in node.attribute}
+    if node.domain == "com.microsoft" and _FUSED_WEIGHT.get(node.op_type) == index and rank > 1:
+        kind = node.op_type.removeprefix("Fused")
+        return rank - 2 if kind == "MatMul" and attributes.get("transB", 0) else channel_axis(kind, rank, bool(attributes.get("transB", 0)))
     if node.domain not in ONNX_DOMAINS:
         return _COMPUTED
-    attributes = {a.name: a.i for a in node.attribute}
     if read.looks_up:
         axis = attributes.get("axis", 0) % max(rank, 1)
         return rank - 1 if axis != rank - 1 else None  # the last axis is the last one of what is looked up, too
     if node.op_type in RECURRENT and index in (1, 2):
         return 1  # [directions, gates * hidden, ...]
+    if node.op_type == "Einsum" and rank > 1:
+        return rank - 1
+    if node.op_type in ("MatMul", "Gemm") and index == 0 and rank > 1:  # a weight on the left: its rows are the channels
+        return rank - 1 if attributes.get("transA", 0) else rank - 2
     if read.is_inside and WEIGHT_INPUT.get(node.op_type) == index and rank > 1:
         return channel_axis(node.op_type, rank, bool(attributes.get("transB", 0)))
     return _COMPUTED
