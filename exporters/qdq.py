@@ -210,8 +210,14 @@ class _Editor:
         branches = any(_subgraphs(node) for node in self._graph.node)
         for name, grid in table.items():
             if grid.codes is not None and name not in self._tables:
-                home, pair = _home(self._graph, name) if branches else self._graph, self._constant_pair(name, grid)
-                nodes.append(pair) if home is self._graph else home.node.insert(0, pair)
+                home, before = _home(self._graph, name) if branches else self._graph, len(self._new_constants)
+                pair = self._constant_pair(name, grid)
+                if home is self._graph:
+                    nodes.append(pair)
+                    continue
+                home.node.insert(0, pair)  # with its constants: ONNX Runtime looks for them in the same graph
+                home.initializer.extend(self._new_constants[before:])
+                del self._new_constants[before:]
         for value in self._graph.input:
             if value.name in renamed:
                 nodes += self._pair(value.name, value.name, table[value.name], (None, None))
