@@ -96,7 +96,9 @@ class SourceModel:
         model.CopyFrom(self.model)
         insert_copies(model.graph, copies)
         nodes = tuple(_node(proto) for proto in model.graph.node)
-        return replace(self, model=model, graph=replace(self.graph, nodes=nodes))
+        copied = replace(self, model=model, graph=replace(self.graph, nodes=nodes))
+        copied.__dict__["constants"] = self.constants  # the same arrays, held once
+        return copied
 
     @cached_property
     def opset(self) -> int:
