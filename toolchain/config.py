@@ -293,7 +293,7 @@ class DataConfig:
     calibration_data: str | None = option(
         None,
         "Calibration samples: .npz (arrays by input name), .npy, an image folder, or module:function; `synthetic` makes some from the "
-        "statistics of BatchNorm layers (ZeroQ), at a loss of accuracy.",
+        "statistics of BatchNorm layers (ZeroQ), where there are no real ones.",
         "data",
     )
     synthetic_samples: int = option(64, "Samples to make with --calibration-data synthetic.", "data", low=1)
