@@ -59,6 +59,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def interrupt_in_unit(monkeypatch: pytest.MonkeyPatch, number: int, how: BaseException | int = 0) -> None:
     """Let the unit of that number (from 0) be interrupted instead of learned: by an exception, or by a signal to this process."""
     original, seen = units.reconstruct_unit, []
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script starts with Ctrl-C ignored
 
     def interrupted(**arguments: Any) -> Any:
         seen.append(1)

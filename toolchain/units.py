@@ -68,8 +68,8 @@ def reconstruct(
                 device=units.device,
                 table=table,
                 done=learnt,
-                finish=lambda learned, biases=MappingProxyType({}), block=piece.block: retied(
-                    placement, with_biases(source, placement, block, learned, biases)
+                finish=lambda learned, biases=MappingProxyType({}), block=piece.block: with_biases(
+                    source, placement, block, retied(placement, learned), biases
                 ),
                 settings=config.settings(has_depthwise(source, piece.block)),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),

@@ -31,7 +31,7 @@ from ..fake_quant import LearnedStep
 from ..losses import loss_of
 from ..minibatch import Draw
 from ..quant_table import QuantTable, quantize
-from ..reconstruction import CurvePoint, Finish, Progress, UnitResult, learned_weights
+from ..reconstruction import CurvePoint, Finish, Progress, UnitResult, learned_weights, settled
 from ..torch_import import TorchBlock
 from .layer import Layer, finished
 
@@ -136,7 +136,10 @@ def _learn(
             value = loss.item()
             curve.append(CurvePoint(iteration, value, math.nan, math.nan, math.nan))
             progress(iteration + 1, settings.iterations, value)
-    changes = {name: replace(found, scale=np.float32((steps[name] * factors[name]).item())) for name, found in grids.items()}
+    changes = {
+        name: replace(found, scale=settled((steps[name] * factors[name]).item()) if settings.activation_lr > 0 else found.scale)
+        for name, found in grids.items()
+    }
     with torch.no_grad():
         wide = (scale * stretch).cpu().numpy().reshape(np.shape(grid.scale)).astype(np.float32)[()]
         learned = replace(grid, scale=wide)
