@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .operator import Converter, NodeView, Operator
+from .operator import Converter, NodeView, Operator, plain
 
 _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Relu": torch.relu,
@@ -16,10 +16,6 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "HardSwish": F.hardswish,
     "Mish": F.mish,
 }
-
-
-def _plain(view: NodeView) -> Operator:
-    return Operator(_PLAIN[view.proto.op_type], view.inputs)
 
 
 def _leaky_relu(view: NodeView) -> Operator:
@@ -99,7 +95,7 @@ def _hardmax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 CONVERTERS: dict[str, Converter] = {
-    **dict.fromkeys(_PLAIN, _plain),
+    **plain(_PLAIN),
     "LeakyRelu": _leaky_relu,
     "PRelu": _prelu,
     "Elu": _elu,

@@ -5,7 +5,7 @@ from functools import reduce
 
 import torch
 
-from .operator import Converter, NodeView, Operator
+from .operator import Converter, NodeView, Operator, plain
 
 _PLAIN: dict[str, Callable[..., torch.Tensor]] = {
     "Add": torch.add,
@@ -31,11 +31,6 @@ _VARIADIC: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "Max": torch.maximum,
     "Min": torch.minimum,
 }
-
-
-def plain(view: NodeView) -> Operator:
-    """An operator that torch has under another name."""
-    return Operator(_PLAIN[view.proto.op_type], view.inputs)
 
 
 def variadic(view: NodeView) -> Operator:
@@ -97,7 +92,7 @@ def _clip(x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor |
 
 
 CONVERTERS: dict[str, Converter] = {
-    **dict.fromkeys(_PLAIN, plain),
+    **plain(_PLAIN),
     **dict.fromkeys(_VARIADIC, variadic),
     "Mean": mean,
     "Div": div,

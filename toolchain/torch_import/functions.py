@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .operator import Converter, NodeView, Operator
+from .operator import Converter, NodeView, Operator, plain
 
 _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "Abs": torch.abs,
@@ -34,11 +34,6 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def function(view: NodeView) -> Operator:
-    """A function that torch has too."""
-    return Operator(_FUNCTIONS[view.proto.op_type], view.inputs)
-
-
 def is_inf(view: NodeView) -> Operator:
     """IsInf of either sign, or of one."""
     signs = [sign for sign, name in ((1, "detect_positive"), (-1, "detect_negative")) if view.attrs.get(name, 1)]
@@ -52,4 +47,4 @@ def is_inf(view: NodeView) -> Operator:
     return Operator(call, view.inputs)
 
 
-CONVERTERS: dict[str, Converter] = {**dict.fromkeys(_FUNCTIONS, function), "IsInf": is_inf}
+CONVERTERS: dict[str, Converter] = {**plain(_FUNCTIONS), "IsInf": is_inf}

@@ -118,6 +118,11 @@ Converter = Callable[[NodeView], Operator]
 """Raises Refused where the node uses something that it does not cover exactly."""
 
 
+def plain(calls: Mapping[str, Callable[..., torch.Tensor]]) -> dict[str, Converter]:
+    """Converters of operators that torch has under another name, without attributes."""
+    return {name: lambda view, call=call: Operator(call, view.inputs) for name, call in calls.items()}
+
+
 def with_numbers(view: NodeView, positions: Sequence[int], call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]) -> Operator:
     """An operator that takes the inputs at `positions` (shapes, axes, bounds) as flat lists of numbers.
 
