@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import zoo
-from toolchain import losses, reconstruction
+from toolchain import losses, reconstruction, step_learning
 from toolchain.activations import Passes
 from toolchain.calibration import calibrate_weight
 from toolchain.config import Config, Settings
@@ -177,10 +177,10 @@ def test_adaround_leaves_biases_to_the_weights(tmp_path: Path) -> None:
 
 @given(st.floats(1e-6, 1e6))
 def test_learned_steps_keep_twelve_bits(step: float) -> None:
-    found = float(reconstruction.settled(step))
+    found = float(step_learning.settled(step))
     assert abs(found / step - 1.0) <= 2.0**-12  # half of the last bit of the smallest mantissa
     assert (np.float32(found).view(np.uint32) & 0xFFF) == 0  # 12 significant bits, the first of them implied: 11 of 23 are stored
-    assert reconstruction.settled(found) == found
+    assert step_learning.settled(found) == found
 
 
 def test_learned_steps_are_off_the_ties_that_draw_them(tmp_path: Path) -> None:

@@ -61,13 +61,13 @@ def interrupt_in_unit(monkeypatch: pytest.MonkeyPatch, number: int, how: BaseExc
     original, seen = units.reconstruct_unit, []
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script starts with Ctrl-C ignored
 
-    def interrupted(**arguments: Any) -> Any:
+    def interrupted(unit: Any) -> Any:
         seen.append(1)
         if len(seen) == number + 1:
             if isinstance(how, BaseException):
                 raise how
             os.kill(os.getpid(), how or signal.SIGINT)
-        return original(**arguments)
+        return original(unit)
 
     monkeypatch.setattr(units, "reconstruct_unit", interrupted)
 
@@ -91,7 +91,7 @@ def test_signals_keep_what_is_finished(
     original = units.reconstruct_unit
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "calibrate", lambda *_: pytest.fail("the calibrated table is in the run folder"))
-        patch.setattr(units, "reconstruct_unit", lambda **given: learned.append(given["piece"].block.name) or original(**given))
+        patch.setattr(units, "reconstruct_unit", lambda unit: learned.append(unit.piece.block.name) or original(unit))
         resumed = run(place, "--resume")
     assert resumed.exit_code == 0, resumed.output
     assert "resuming after unit 2 of 4" in resumed.output

@@ -103,12 +103,7 @@ class TorchModel:
 
     def constants(self, piece: Piece, table: QuantTable | None = None) -> dict[str, torch.Tensor]:
         """A piece's weights and biases: the float ones, or (with a table) what their codes stand for."""
-        return {
-            name: laid_out(
-                torch.tensor(table[name].dequantized() if table is not None and name in table else self.source.constants[name])
-            ).to(self.device)
-            for name in piece.weights
-        }
+        return constants_of(piece.weights, self.source.constants, table, self.device)
 
     def stream(self, inputs: Mapping[str, np.ndarray], table: QuantTable | None = None) -> "ActivationCache":
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
@@ -170,6 +165,14 @@ def observed(name: str, value: Value, observe: Observer) -> Value:
 def laid_out(tensor: torch.Tensor) -> torch.Tensor:
     """Images channels last: 2-4 times faster convolutions on CPUs, and what tensor cores want."""
     return tensor.contiguous(memory_format=torch.channels_last if tensor.dim() == 4 else torch.contiguous_format)
+
+
+def constants_of(
+    names: Iterable[str], floats: Mapping[str, np.ndarray], table: QuantTable | None, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Weights and biases by name: what a table's codes stand for, or the float ones where it has none."""
+    arrays = {name: table[name].dequantized() if table is not None and name in table else floats[name] for name in names}
+    return {name: laid_out(torch.tensor(array)).to(device) for name, array in arrays.items()}
 
 
 def quantizing(table: QuantTable) -> Observer:

@@ -1,33 +1,12 @@
 """The learned biases of a unit: Adam on the float biases, beside the rounding of the weights."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from .graph import BIAS_INPUT, WEIGHT_INPUT, Node
-from .quant_table import BIAS_BITS, QuantTable
-
-
-@dataclass(frozen=True)
-class Bias:
-    """A bias on a grid, and what it is added to: the values of a layer's weight and input, by name."""
-
-    name: str
-    weight: str
-    input: str
-
-
-def biases_of(nodes: Iterable[Node], table: QuantTable) -> list[Bias]:
-    """The biases that nodes add and that a table has on int32 grids."""
-    found: dict[str, Bias] = {}
-    for node in nodes:
-        index = BIAS_INPUT.get(node.op_type, len(node.inputs))
-        name = node.inputs[index] if index < len(node.inputs) else None
-        if name in table and name is not None and table[name].spec.bits == BIAS_BITS:
-            found[name] = Bias(name, node.inputs[WEIGHT_INPUT[node.op_type]], node.inputs[0])
-    return list(found.values())
+from .placement import Bias
+from .quant_table import QuantTable
 
 
 class LearnedBiases:
@@ -36,13 +15,13 @@ class LearnedBiases:
     So the learning rate means the same for every layer and bit width.
     """
 
-    def __init__(self, biases: Iterable[Bias], floats: Mapping[str, np.ndarray], table: QuantTable, device: torch.device) -> None:
+    def __init__(self, biases: Mapping[str, Bias], floats: Mapping[str, np.ndarray], table: QuantTable, device: torch.device) -> None:
         self._floats: dict[str, torch.Tensor] = {}
         self._magnitudes: dict[str, torch.Tensor] = {}
-        for bias in biases:
-            array = floats[bias.name]
-            self._floats[bias.name] = torch.tensor(array).to(device)
-            self._magnitudes[bias.name] = torch.tensor(_magnitude(bias, array, floats[bias.weight], table)).to(device)
+        for name, bias in biases.items():
+            array = floats[name]
+            self._floats[name] = torch.tensor(array).to(device)
+            self._magnitudes[name] = torch.tensor(_magnitude(bias, array, floats[bias.weight], table)).to(device)
         self._moves = {name: torch.zeros_like(bias, requires_grad=True) for name, bias in self._floats.items()}
 
     @property

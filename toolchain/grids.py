@@ -12,7 +12,7 @@ from .baselines import aciq, lapq
 from .calibration import NORM, Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
 from .partition import Block
-from .placement import Placement, without
+from .placement import Bias, Placement, without
 from .progress import Progress
 from .quant_table import BIAS_BITS, QuantSpec, QuantTable, TensorQuant
 from .quant_table import quantize as encode
@@ -129,16 +129,20 @@ def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], how:
     return {name: replace(grids[leader], fixed=True) for name, leader in placement.shared.items()}
 
 
+def biases_of(placement: Placement, block: Block) -> dict[str, Bias]:
+    """The quantized biases that a block's nodes add."""
+    inside = {node.name for node in block.nodes}
+    return {name: bias for name, bias in placement.biases.items() if bias.node in inside}
+
+
 def with_biases(
     source: SourceModel, placement: Placement, block: Block, table: QuantTable, learned: Mapping[str, np.ndarray] = MappingProxyType({})
 ) -> QuantTable:
     """Add the int32 codes of a block's biases (the float ones, or what was learned), whose scales follow from inputs' and weights'."""
-    inside = {node.name for node in block.nodes}
     return table.updated(
         {
             name: calibrate_bias(learned.get(name, source.constants[name]), table[bias.weight], table[bias.input].scale, BIAS_BITS)
-            for name, bias in placement.biases.items()
-            if bias.node in inside
+            for name, bias in biases_of(placement, block).items()
         }
     )
 

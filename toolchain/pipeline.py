@@ -16,12 +16,12 @@ from .placement import Placement, operand_copies, place, without
 from .plan import Plan, block_rows, make_plan, measured
 from .progress import Progress
 from .quant_table import QuantTable
-from .reconstruction import UnitResult
 from .run_folder import RunFolder, Stage
 from .samples import Samples
 from .selection import match_nodes, own_precisions
 from .source import SourceModel, infer_types
 from .survey import expected_memory, pass_size, survey
+from .unit import UnitResult
 from .units import reconstruct
 
 _CALIBRATED = "calibrated"

@@ -11,10 +11,10 @@ from .errors import UsageError, near_misses
 from .losses import energy, full_loss
 from .partition import Block
 from .quant_table import QuantTable
-from .reconstruction import learned_weights
 from .samples import Samples
 from .selection import own_precisions
 from .source import SourceModel, ValueTypes
+from .unit import learned_weights
 
 
 @dataclass(frozen=True)

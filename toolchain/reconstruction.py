@@ -1,197 +1,44 @@
 """The optimisation of one unit: rounding (AdaRound), step sizes (LSQ) and biases against the float unit's output (BRECQ, QDrop)."""
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from .activations import Passes, Piece, Value, laid_out, quantizing, run_piece
-from .bias_learning import LearnedBiases, biases_of
+from .activations import Value, constants_of
+from .bias_learning import LearnedBiases
 from .config import Settings
-from .fake_quant import GAMMA, ZETA, Coins, LearnedStep, rounding_logits, soft_round
-from .losses import full_loss, loss_of
-from .minibatch import Draw
-from .quant_table import BIAS_BITS, QuantTable, TensorQuant
-from .torch_import import TorchBlock
+from .fake_quant import GAMMA, ZETA, Coins, rounding_logits, soft_round
+from .losses import loss_of
+from .quant_table import QuantTable, TensorQuant
+from .step_learning import LearnedSteps, anneal
+from .unit import CurvePoint, Learned, Unit, UnitResult, is_curve_point, learned_unit
 
-_CURVE_POINTS = 40
-_STEP_BITS = 12
 _SMALLEST_FACTOR = 0.01  # of the calibrated step: Adam must not carry a step through zero
 _DECIDED = 0.95  # |2h - 1| above which a rounding counts as decided before it is made hard
 
 
-class Finish(Protocol):
-    """Completes a table, given the float biases that were learned, with what follows from it: codes of biases, tied values."""
-
-    def __call__(self, learned: QuantTable, biases: Mapping[str, np.ndarray] = ..., /) -> QuantTable: ...
-
-
-Progress = Callable[[int, int, float], None]
-"""Called now and then with (iteration, iterations, reconstruction loss)."""
+def reconstruct_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
+    """Learn the rounding of a unit's weights, its biases and the steps of the activations it makes."""
+    unit = unit.aiming_at(unit.piece.block.learned_outputs)
+    return learned_unit(unit, lambda _: _learn(unit), unit.settings.iterations)
 
 
-class CurvePoint(NamedTuple):
-    """The state of a unit's optimisation at one step.
-
-    `loss` is the reconstruction loss of the mini-batch, `regulariser` lambda * sum(1 - |2h - 1|^beta) and `beta` its exponent (both NaN
-    during the warm-up, which has none), `decided` the share of weights whose rounding is all but made.
-    """
-
-    iteration: int
-    loss: float
-    regulariser: float
-    beta: float
-    decided: float
-
-
-@dataclass(frozen=True)
-class UnitResult:
-    """What the reconstruction of one unit came to.
-
-    `loss_before` and `loss_after` are hard-quantized losses over all samples: rounding to nearest on the calibrated grids, and the learned
-    codes and steps. `kept` says which of the two is in the table. `flipped` is the share of weights whose code differs from rounding to
-    nearest, `undecided` the share whose soft rounding was still open at the end (None: none was
-    soft). `curve` has some 40 points of the optimisation.
-    """
-
-    unit: str
-    loss_before: float
-    loss_after: float
-    kept: str
-    iterations: int
-    seconds: float
-    flipped: float
-    undecided: float | None
-    curve: tuple[CurvePoint, ...]
-    changes: Mapping[str, TensorQuant]
-
-
-def learned_weights(module: Piece, table: QuantTable, done: AbstractSet[str] = frozenset()) -> list[str]:
-    """The weights of a unit whose rounding is learned: those on a grid that no unit before it has (`done`); biases follow from them.
-
-    Fixed grids are those of weights that are only stored.
-    """
-    grids = {name: table[name] for name in module.weights if name in table and name not in done}
-    return [name for name, grid in grids.items() if grid.spec.bits < BIAS_BITS and not grid.fixed]
-
-
-def reconstruct_unit(
-    *,
-    piece: TorchBlock,
-    floats: Mapping[str, np.ndarray],
-    inputs: Mapping[str, Value],
-    float_inputs: Mapping[str, Value],
-    targets: Mapping[str, Value],
-    passes: Passes,
-    device: torch.device,
-    table: QuantTable,
-    done: AbstractSet[str],
-    finish: Finish,
-    settings: Settings,
-    seed: int,
-    progress: Progress,
-) -> tuple[UnitResult, dict[str, Value]]:
-    """Learn the rounding of a unit's weights, its biases and the steps of the activations it makes.
-
-    Args:
-        piece: the unit.
-        floats: float weights and biases by name.
-        inputs: the unit's inputs in the quantized stream.
-        float_inputs: the same in the float stream; with keep_probability < 1 the two are mixed element-wise.
-        targets: the float unit's outputs for `float_inputs`.
-        passes: how the samples of these are split.
-        device: where they are.
-        table: grids of the unit's activations and weights, with the codes of rounding to nearest.
-        done: weights that an earlier unit shares and has learned; they are left alone.
-        finish: completes a table.
-        settings: hyper-parameters.
-        seed: of the mini-batches and the dropping.
-        progress: called now and then.
-
-    Returns:
-        The result, whose `changes` make the better of the two tables, and the unit's outputs in the quantized stream under that table.
-    """
-    started = time.perf_counter()
-    targets = {name: targets[name] for name in piece.block.learned_outputs}
-
-    def outcome(candidate: QuantTable) -> tuple[float, dict[str, Value]]:
-        arrays = {name: candidate[name].dequantized() if name in candidate else floats[name] for name in piece.weights}
-        constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in arrays.items()}
-        outputs = run_piece(piece, inputs, constants, passes, quantizing(candidate))
-        return full_loss(outputs, targets, passes), outputs
-
-    before = finish(table)
-    loss_before, _ = outcome(before)  # its outputs are not kept while learning
-    weights = learned_weights(piece, table, done)
-    settled = {name for name in piece.weights if name in table and (name in done or table[name].fixed)}
-    fixed = {name: table[name].dequantized() if name in settled else floats[name] for name in piece.weights}
-    draw = Draw(inputs, float_inputs, targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
-    biases = LearnedBiases(biases_of(piece.block.nodes, before) if settings.bias_lr > 0 else [], floats, table, device)
-    learned, curve, undecided = _learn(piece, weights, fixed, biases, draw, table, settings, progress)
-    after = finish(learned, biases.arrays())
-    loss_after, outputs_after = outcome(after)
-    better = loss_after < loss_before
-    if not better:
-        del outputs_after
-        _, outputs_after = outcome(before)
-    best = after if better else before
-    flipped = sum(np.count_nonzero(after[name].codes != before[name].codes) for name in weights)
-    result = UnitResult(
-        unit=piece.block.name,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        kept="learned" if better else "initial",
-        iterations=settings.iterations,
-        seconds=time.perf_counter() - started,
-        flipped=flipped / sum(floats[name].size for name in weights),
-        undecided=undecided,
-        curve=curve,
-        changes={name: grid for name, grid in best.tensors.items() if name not in table or grid is not table[name]},
-    )
-    return result, outputs_after
-
-
-def _learn(
-    piece: TorchBlock,
-    weights: Sequence[str],
-    floats: Mapping[str, np.ndarray],
-    biases: LearnedBiases,
-    draw: Draw,
-    table: QuantTable,
-    settings: Settings,
-    progress: Progress,
-) -> tuple[QuantTable, tuple[CurvePoint, ...], float]:
-    device = draw.device
-    rounding = _Rounding({name: floats[name] for name in weights}, table, device)
-    constants = {name: laid_out(torch.tensor(array)).to(device) for name, array in floats.items()}
-    made = [value for node in piece.block.nodes for value in node.outputs]
-    grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
-    learns_steps = settings.activation_lr > 0
-    # A step is learned as a factor of the calibrated one, so that its rate means the same for every activation and bit width.
-    factors = {name: torch.ones((), device=device, requires_grad=learns_steps and not grid.fixed) for name, grid in grids.items()}
-    calibrated = {name: torch.tensor(float(grid.scale), device=device) for name, grid in grids.items()}
+def _learn(unit: Unit) -> Learned:
+    piece, table, settings, device = unit.piece, unit.table, unit.settings, unit.device
+    draw, given = unit.draw(), unit.given
+    rounding = _Rounding({name: given[name] for name in unit.weights}, table, device)
+    constants = constants_of(piece.weights, given, None, device)
+    biases = LearnedBiases(unit.biases if settings.bias_lr > 0 else {}, unit.floats, table, device)
+    steps = LearnedSteps((value for node in piece.block.nodes for value in node.outputs), table, device, settings.activation_lr > 0)
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
-    moving = [factor for factor in factors.values() if factor.requires_grad]
-    groups = [
-        {"params": ps, "lr": rate, "first": rate} for ps, rate in ((moving, settings.activation_lr), (biases.parameters, settings.bias_lr))
-    ]
-    groups = [group for group in groups if group["params"]]
+    moving = ((steps.parameters, settings.activation_lr), (biases.parameters, settings.bias_lr))
+    groups = [{"params": parameters, "lr": rate, "first": rate} for parameters, rate in moving if parameters]
     annealed = torch.optim.Adam(groups, fused=True) if groups else None
     coins = Coins(settings.keep_probability, draw.generator) if settings.keep_probability < 1.0 else None
-
-    def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
-        if name not in factors:
-            return x
-        spec, zero_point = grids[name].spec, int(grids[name].zero_point)
-        step = calibrated[name] * factors[name]
-        return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, coins)  # pyright: ignore[reportReturnType]
-
-    every = max(settings.iterations // _CURVE_POINTS, 1)
+    quantize = steps.quantizing(coins)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
         soft, moved, batches = rounding.soft_weights(), biases.tensors(), draw.selections()
@@ -203,40 +50,21 @@ def _learn(
                 part.backward(retain_graph=selection is not batches[-1])  # the batches share the biases
             loss += part.detach()
         beta = _beta(iteration, settings)
-        is_point = iteration % every == 0 or iteration == settings.iterations - 1
+        is_point = is_curve_point(iteration, settings.iterations)
         state = torch.stack([loss, *rounding.state(settings.round_weight, beta)]) if is_point else None
         rounding.set_gradient(settings.round_weight, beta)
         weight_optimizer.step()
         if annealed is not None:
-            for group in annealed.param_groups:
-                group["lr"] = group["first"] * 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
+            anneal(annealed, iteration, settings.iterations)
             annealed.step()
             annealed.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for factor in moving:
-                    factor.clamp_(min=_SMALLEST_FACTOR)
+            steps.keep_above(_SMALLEST_FACTOR)
         if state is not None:
             value, regulariser, decided = state.tolist()  # the only wait for the device
             curve.append(CurvePoint(iteration, value, regulariser, math.nan if beta is None else beta, decided))
-            progress(iteration + 1, settings.iterations, value)
-    changes = rounding.hard_codes(table)
-    changes |= {
-        name: replace(grids[name], scale=settled((calibrated[name] * factor).item()))
-        for name, factor in factors.items()
-        if factor.requires_grad
-    }
-    return table.updated(changes), tuple(curve), rounding.undecided()
-
-
-def settled(step: float) -> np.float32:
-    """A learned step, rounded to 12 significant bits.
-
-    Gradients straight through rounding draw a step to where many elements sit on a tie: a ratio s_x * s_w / s_y of 1/18 puts every 18th sum
-    of integers on one. A runtime that adds floats in another order then moves those codes, and the file is not what was learned. The
-    coarser step is off such places, by less than a thirtieth of a code at 8 bits.
-    """
-    mantissa, exponent = math.frexp(step)
-    return np.float32(math.ldexp(round(mantissa * (1 << _STEP_BITS)), exponent - _STEP_BITS))
+            unit.progress(iteration + 1, settings.iterations, value)
+    learned = table.updated(rounding.hard_codes(table) | steps.grids())
+    return Learned(unit.finish(learned, biases.arrays()), tuple(curve), rounding.undecided())
 
 
 def _beta(iteration: int, settings: Settings) -> float | None:

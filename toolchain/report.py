@@ -21,9 +21,9 @@ from .islands import island_rows
 from .pipeline import Quantized
 from .plan import BlockRow, Plan
 from .quant_table import BIAS_BITS, QuantTable
-from .reconstruction import CurvePoint, UnitResult
 from .sensitivity import Sensitivity
 from .source import SourceModel
+from .unit import CurvePoint, UnitResult
 from .validation import ValidationReport
 from .verdict import intervals, verdict
 

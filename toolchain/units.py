@@ -12,16 +12,17 @@ from .activations import Parts, Piece, TorchModel, Value
 from .baselines.adaquant import adaquant_unit
 from .baselines.bit_split import split_unit
 from .config import Config
-from .grids import retied, with_biases
+from .grids import biases_of, retied, with_biases
 from .partition import Block
 from .placement import Placement
 from .progress import Progress
 from .quant_table import QuantTable
-from .reconstruction import CurvePoint, UnitResult, learned_weights, reconstruct_unit
+from .reconstruction import reconstruct_unit
 from .run_folder import RunFolder, Stage
 from .samples import Samples
 from .source import SourceModel
 from .torch_import import TorchBlock
+from .unit import CurvePoint, Unit, UnitResult, learned_weights
 
 
 def reconstruct(
@@ -58,8 +59,10 @@ def reconstruct(
             inputs, float_inputs, targets = quantized.of(piece.block.inputs), floats.of(piece.block.inputs), made
             if not _alike(inputs, float_inputs):  # shapes that follow from data: aim at what the float unit makes of the same inputs
                 float_inputs, targets = inputs, units.run(piece, quantized)
-            result, outputs = learner(config)(
+            unit = Unit(
                 piece=piece,
+                weights=weights,
+                biases=biases_of(placement, piece.block),
                 floats=source.constants,
                 inputs=inputs,
                 float_inputs=float_inputs,
@@ -67,7 +70,6 @@ def reconstruct(
                 passes=quantized.passes,
                 device=units.device,
                 table=table,
-                done=learnt,
                 finish=lambda learned, biases=MappingProxyType({}), block=piece.block: with_biases(
                     source, placement, block, retied(placement, learned), biases
                 ),
@@ -75,6 +77,7 @@ def reconstruct(
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),
             )
+            result, outputs = learner(config)(unit)
             table = table.updated(result.changes)
             results.append(result)
             if run is not None:
@@ -88,8 +91,8 @@ def reconstruct(
     return table, tuple(results)
 
 
-def learner(config: Config) -> Callable[..., tuple[UnitResult, dict[str, Value]]]:
-    """What learns a unit; all take the same arguments."""
+def learner(config: Config) -> Callable[[Unit], tuple[UnitResult, dict[str, Value]]]:
+    """What learns a unit."""
     return {"adaquant": adaquant_unit, "bit-split": split_unit}.get(config.algorithm, reconstruct_unit)
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,19 +31,17 @@ from torch import nn
 
 from tests import zoo
 from toolchain import reconstruction, report
-from toolchain.activations import Passes, TorchModel, Value
-from toolchain.bias_learning import LearnedBiases, biases_of
-from toolchain.config import Config, Settings
+from toolchain.activations import TorchModel
+from toolchain.config import Config
 from toolchain.cpu import keep_freed_memory
-from toolchain.grids import calibrate, with_biases
+from toolchain.grids import biases_of, calibrate, with_biases
 from toolchain.losses import loss_of
-from toolchain.minibatch import Draw
 from toolchain.placement import place
-from toolchain.quant_table import QuantTable
 from toolchain.samples import Samples
 from toolchain.source import infer_types, load_source
 from toolchain.survey import survey
 from toolchain.torch_import import TorchBlock
+from toolchain.unit import Unit, learned_weights
 
 CACHED = 64  # samples that batches are drawn from
 
@@ -92,17 +91,7 @@ class Setting:
     """A block with calibrated grids and cached activations: what every loop starts from."""
 
     model: TorchModel
-    piece: TorchBlock
-    table: QuantTable
-    inputs: dict[str, Value]
-    float_inputs: dict[str, Value]
-    targets: dict[str, Value]
-    passes: Passes
-    settings: Settings
-
-    def draw(self) -> Draw:
-        generator = torch.Generator().manual_seed(0)
-        return Draw(self.inputs, self.float_inputs, self.targets, self.passes, self.settings.batch_size, generator)
+    unit: Unit
 
 
 def setting(design: Design, folder: Path, batch: int, iterations: int) -> Setting:
@@ -119,21 +108,36 @@ def setting(design: Design, folder: Path, batch: int, iterations: int) -> Settin
     (piece,) = model.pieces
     assert isinstance(piece, TorchBlock)
     placement = place(source, types, config.scheme, config.precision, frozenset())
-    table = with_biases(source, placement, block, calibrate(model, placement, samples.first(16), config))
+    table = calibrate(model, placement, samples.first(16), config)
     floats, quantized = model.stream(samples.inputs), model.stream(samples.inputs, table)
-    inputs, float_inputs, targets = quantized.of(block.inputs), floats.of(block.inputs), model.run(piece, floats)
-    return Setting(model, piece, table, inputs, float_inputs, targets, floats.passes, config.settings(has_depthwise=True))
+    unit = Unit(
+        piece=piece,
+        weights=learned_weights(piece, table),
+        biases=biases_of(placement, block),
+        floats=source.constants,
+        inputs=quantized.of(block.inputs),
+        float_inputs=floats.of(block.inputs),
+        targets=model.run(piece, floats),
+        passes=floats.passes,
+        device=model.device,
+        table=table,
+        finish=lambda learned, biases=MappingProxyType({}): with_biases(source, placement, block, learned, biases),
+        settings=config.settings(has_depthwise=True),
+        seed=0,
+        progress=_ignore,
+    )
+    return Setting(model, unit)
 
 
 def floor(s: Setting) -> Callable[[], None]:
     """Forward and backward of the float block, nothing else."""
-    fed, targets = s.draw().batch(torch.arange(s.settings.batch_size), None)
-    constants = s.model.constants(s.piece)
+    fed, targets = s.unit.draw().batch(torch.arange(s.unit.settings.batch_size), None)
+    constants = s.model.constants(s.unit.piece)
     weights = [tensor.requires_grad_() for name, tensor in constants.items() if tensor.dim() > 1]
 
     def run() -> None:
-        for _ in range(s.settings.iterations):
-            loss_of(s.piece(fed | constants), targets).backward()
+        for _ in range(s.unit.settings.iterations):
+            loss_of(s.unit.piece(fed | constants), targets).backward()
             for weight in weights:
                 weight.grad = None
 
@@ -142,10 +146,7 @@ def floor(s: Setting) -> Callable[[], None]:
 
 def ours(s: Setting) -> Callable[[], None]:
     """This project's learning loop."""
-    weights, constants = reconstruction.learned_weights(s.piece, s.table), s.model.source.constants
-    floats = {name: constants[name] for name in s.piece.weights}
-    biases = LearnedBiases(biases_of(s.piece.block.nodes, s.table), constants, s.table, torch.device("cpu"))
-    return lambda: _ignore(reconstruction._learn(s.piece, weights, floats, biases, s.draw(), s.table, s.settings, _ignore))
+    return lambda: _ignore(reconstruction._learn(s.unit))
 
 
 def _ignore(*_: object) -> None:
@@ -207,24 +208,24 @@ class PlainBlock(nn.Module):
     def __init__(self, design: Design, s: Setting) -> None:
         super().__init__()
         self.design = design
-        nodes = [node for node in s.piece.block.nodes if node.op_type == "Conv"]
-        constants, keep = s.model.source.constants, s.settings.keep_probability
+        nodes = [node for node in s.unit.piece.block.nodes if node.op_type == "Conv"]
+        constants, keep = s.model.source.constants, s.unit.settings.keep_probability
 
         def activation(name: str) -> nn.Module:
-            if name not in s.table:
+            if name not in s.unit.table:
                 return nn.Identity()
-            grid = s.table[name]
+            grid = s.unit.table[name]
             return PlainActivation(float(grid.scale), int(grid.zero_point), grid.spec.qmin, grid.spec.qmax, keep)
 
         self.convs = nn.ModuleList()
         for layer, node in zip(design.layers, nodes, strict=True):
-            grid = s.table[node.inputs[1]]
+            grid = s.unit.table[node.inputs[1]]
             weight, bias = (constants[name] for name in node.inputs[1:])
             conv = PlainConv(layer, weight, bias, np.asarray(grid.scale), grid.spec.qmin, grid.spec.qmax)
             readers = s.model.source.graph.readers_of(node.outputs[0])
             conv.quantizer = activation(readers[0].outputs[0] if layer.act else node.outputs[0])
             self.convs.append(conv)
-        self.out = activation(s.piece.block.outputs[0])
+        self.out = activation(s.unit.piece.block.outputs[0])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x
@@ -236,12 +237,12 @@ class PlainBlock(nn.Module):
 
 def plain(design: Design, s: Setting) -> Callable[[], None]:
     """QDrop's reconstruction loop."""
-    quantized, floats, targets = (next(iter(d.values())) for d in (s.inputs, s.float_inputs, s.targets))
+    quantized, floats, targets = (next(iter(d.values())) for d in (s.unit.inputs, s.unit.float_inputs, s.unit.targets))
     assert isinstance(quantized, torch.Tensor)
     assert isinstance(floats, torch.Tensor)
     assert isinstance(targets, torch.Tensor)
     quantized, floats, targets = quantized.contiguous(), floats.contiguous(), targets.contiguous()
-    settings = s.settings
+    settings = s.unit.settings
 
     def run() -> None:
         block = PlainBlock(design, s)

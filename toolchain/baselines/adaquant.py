@@ -18,24 +18,18 @@ are learned instead.
 """
 
 import math
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from ..activations import Passes, Value
-from ..config import Settings
-from ..fake_quant import LearnedStep
+from ..activations import Value
 from ..losses import loss_of
-from ..minibatch import Draw
 from ..quant_table import QuantTable, quantize
-from ..reconstruction import CurvePoint, Finish, Progress, UnitResult, learned_weights, settled
-from ..torch_import import TorchBlock
-from .layer import Layer, finished
+from ..step_learning import LearnedSteps, anneal
+from ..unit import CurvePoint, Learned, Unit, UnitResult, is_curve_point, learned_unit
+from .layer import Layer
 
-_CURVE_POINTS = 40
 _SMALLEST_FACTOR = 0.25  # of a calibrated step: the int32 codes of biases have room for no more
 
 
@@ -51,36 +45,16 @@ class _Round(torch.autograd.Function):
         return grad_outputs[0]
 
 
-def adaquant_unit(
-    *,
-    piece: TorchBlock,
-    floats: Mapping[str, np.ndarray],
-    inputs: Mapping[str, Value],
-    float_inputs: Mapping[str, Value],
-    targets: Mapping[str, Value],
-    passes: Passes,
-    device: torch.device,
-    table: QuantTable,
-    done: AbstractSet[str],
-    finish: Finish,
-    settings: Settings,
-    seed: int,
-    progress: Progress,
-) -> tuple[UnitResult, dict[str, Value]]:
-    """Learn a layer; arguments and result are those of `reconstruct_unit`."""
-    layer = Layer.of(piece, table, learned_weights(piece, table, done), floats, inputs, targets, passes, device)
-    draw = Draw(inputs, float_inputs, layer.targets, passes, settings.batch_size, torch.Generator(device).manual_seed(seed))
-
-    def learn(start: QuantTable) -> tuple[QuantTable, tuple[CurvePoint, ...]]:
-        return _learn(layer, draw, start, finish, settings, progress)
-
-    return finished(layer, table, learn, finish, settings.iterations)
+def adaquant_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
+    """Learn a layer."""
+    layer = Layer.of(unit)
+    return learned_unit(layer.unit, lambda start: _learn(layer, start), unit.settings.iterations)
 
 
-def _learn(
-    layer: Layer, draw: Draw, table: QuantTable, finish: Finish, settings: Settings, progress: Progress
-) -> tuple[QuantTable, tuple[CurvePoint, ...]]:
-    device, grid, float_weight = layer.device, table[layer.weight], layer.floats[layer.weight]
+def _learn(layer: Layer, table: QuantTable) -> Learned:
+    unit, draw = layer.unit, layer.unit.draw()
+    settings, device = unit.settings, unit.device
+    grid, float_weight = table[layer.weight], layer.floats[layer.weight]
     scale, zero_point = (torch.tensor(np.array(p)).to(device) for p in grid.expanded(float_weight.shape))
     low, high = grid.spec.qmin - zero_point, grid.spec.qmax - zero_point
     constants = layer.constants()
@@ -90,33 +64,23 @@ def _learn(
     shift = torch.zeros((), device=device)  # of the bias, in spreads of the output
     spread = torch.ones((), device=device)
     if layer.bias is not None and layer.bias in table:
-        target = layer.targets[layer.output]
+        target = layer.target
         sample = target if isinstance(target, torch.Tensor) else torch.cat([part.reshape(-1) for part in target])
         spread = sample.std().clamp_min(1e-12)
         shift = torch.zeros_like(constants[layer.bias], requires_grad=True)
-    made = [value for node in layer.piece.block.nodes for value in node.outputs if value != layer.output]
-    grids = {name: table[name] for name in made if name in table and table[name].tied_to is None}
-    steps = {name: torch.tensor(float(found.scale), device=device) for name, found in grids.items()}
-    factors = {name: torch.ones((), device=device, requires_grad=not found.fixed) for name, found in grids.items()}
-    moving = [factor for factor in (*factors.values(), shift) if factor.requires_grad]
+    made = (value for node in unit.piece.block.nodes for value in node.outputs if value != layer.output)
+    steps = LearnedSteps(made, table, device, settings.activation_lr > 0)
+    moving = [*steps.parameters, *([shift] if shift.requires_grad else [])]
     groups = [
         {"params": [moved], "lr": settings.weight_lr, "first": settings.weight_lr},
         {"params": [stretch, *moving], "lr": settings.activation_lr, "first": settings.activation_lr},
     ]
     optimizer = torch.optim.Adam(groups, fused=True)
 
-    def observe(name: str, x: torch.Tensor) -> torch.Tensor:
-        if name not in factors:
-            return x
-        spec, zero = grids[name].spec, int(grids[name].zero_point)
-        return LearnedStep.apply(x, steps[name] * factors[name], spec.qmin - zero, spec.qmax - zero, None)  # pyright: ignore[reportReturnType]
-
-    every = max(settings.iterations // _CURVE_POINTS, 1)
+    observe = steps.quantizing(None)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
-        share = 0.5 * (1 + math.cos(math.pi * iteration / settings.iterations))
-        for group in optimizer.param_groups:
-            group["lr"] = group["first"] * share
+        anneal(optimizer, iteration, settings.iterations)
         loss, batches = torch.zeros((), device=device), draw.selections()
         for selection in batches:
             fed, targets = draw.batch(selection, None)
@@ -124,22 +88,19 @@ def _learn(
             own = {layer.weight: torch.minimum(torch.maximum(rounded, low), high) * (scale * stretch)}  # pyright: ignore[reportArgumentType]
             if layer.bias is not None:
                 own[layer.bias] = constants[layer.bias] + shift * spread
-            part = loss_of(layer.piece(fed | constants | own, observe), targets, draw.shares) / len(batches)
+            part = loss_of(unit.piece(fed | constants | own, observe), targets, draw.shares) / len(batches)
             part.backward()
             loss += part.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        steps.keep_above(_SMALLEST_FACTOR)
         with torch.no_grad():
-            for factor in (stretch, *factors.values()):
-                factor.clamp_(min=_SMALLEST_FACTOR)
-        if iteration % every == 0 or iteration == settings.iterations - 1:
+            stretch.clamp_(min=_SMALLEST_FACTOR)
+        if is_curve_point(iteration, settings.iterations):
             value = loss.item()
             curve.append(CurvePoint(iteration, value, math.nan, math.nan, math.nan))
-            progress(iteration + 1, settings.iterations, value)
-    changes = {
-        name: replace(found, scale=settled((steps[name] * factors[name]).item()) if settings.activation_lr > 0 else found.scale)
-        for name, found in grids.items()
-    }
+            unit.progress(iteration + 1, settings.iterations, value)
+    changes = steps.grids()
     with torch.no_grad():
         wide = (scale * stretch).cpu().numpy().reshape(np.shape(grid.scale)).astype(np.float32)[()]
         learned = replace(grid, scale=wide)
@@ -148,4 +109,4 @@ def _learn(
         biases: dict[str, np.ndarray] = {}
         if layer.bias is not None and layer.bias in table:
             biases[layer.bias] = (constants[layer.bias] + shift * spread).cpu().numpy()
-    return finish(table.updated(changes), biases), tuple(curve)
+    return Learned(unit.finish(table.updated(changes), biases), tuple(curve), None)

@@ -16,20 +16,16 @@ Weights with one scale for the tensor, stacks of matrices and grouped transposed
 """
 
 import math
-from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from ..activations import Passes, Value, laid_out, quantizing
+from ..activations import Value, laid_out, quantizing
 from ..calibration import rows_of
-from ..config import Settings
 from ..quant_table import QuantSpec, QuantTable
-from ..reconstruction import CurvePoint, Finish, Progress, UnitResult, learned_weights
-from ..torch_import import TorchBlock
-from .layer import Layer, finished
+from ..unit import Learned, Unit, UnitResult, learned_unit
+from .layer import Layer
 
 _EPOCHS = 100  # the authors' bound; it converges in a tenth of that
 _ROWS = 32768  # output positions that are enough, the authors take 12000 ...
@@ -105,44 +101,29 @@ def _digits(codes: torch.Tensor, count: int) -> list[torch.Tensor]:
     return [((size >> m) & 1).to(codes.dtype) * codes.sign() for m in range(count)]
 
 
-def split_unit(
-    *,
-    piece: TorchBlock,
-    floats: Mapping[str, np.ndarray],
-    inputs: Mapping[str, Value],
-    float_inputs: Mapping[str, Value],
-    targets: Mapping[str, Value],
-    passes: Passes,
-    device: torch.device,
-    table: QuantTable,
-    done: AbstractSet[str],
-    finish: Finish,
-    settings: Settings,
-    seed: int,
-    progress: Progress,
-) -> tuple[UnitResult, dict[str, Value]]:
-    """Find the codes of a layer by bit splitting; arguments and result are those of `reconstruct_unit`."""
-    layer = Layer.of(piece, table, learned_weights(piece, table, done), floats, inputs, targets, passes, device)
+def split_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
+    """Find the codes of a layer by bit splitting."""
+    layer = Layer.of(unit)
 
-    def learn(start: QuantTable) -> tuple[QuantTable, tuple[CurvePoint, ...]]:
-        progress(0, 1, math.nan)
-        return _split(layer, start, finish), ()
+    def learn(start: QuantTable) -> Learned:
+        unit.progress(0, 1, math.nan)
+        return Learned(_split(layer, start), (), None)
 
-    return finished(layer, table, learn, finish, 1)
+    return learned_unit(layer.unit, learn, 1)
 
 
 @torch.no_grad()
-def _split(layer: Layer, table: QuantTable, finish: Finish) -> QuantTable:
+def _split(layer: Layer, table: QuantTable) -> QuantTable:
     grid = table[layer.weight]
     spec, float_weight = grid.spec, layer.floats[layer.weight]
     moments = _moments(layer, table)
     if moments is None:
         return table
     groups = len(moments.gram)
-    weights = _grouped(rows_of(float_weight, spec), groups, layer.device)
+    weights = _grouped(rows_of(float_weight, spec), groups, layer.unit.device)
     assert grid.codes is not None
-    codes = _grouped(rows_of(grid.codes, spec), groups, layer.device).clamp(-spec.qmax, spec.qmax)  # no digits sum to -2^(M-1)
-    scale = torch.tensor(np.asarray(grid.scale, np.float64)).to(layer.device).reshape(groups, -1)
+    codes = _grouped(rows_of(grid.codes, spec), groups, layer.unit.device).clamp(-spec.qmax, spec.qmax)  # no digits sum to -2^(M-1)
+    scale = torch.tensor(np.asarray(grid.scale, np.float64)).to(layer.unit.device).reshape(groups, -1)
     least = _SMALLEST * scale
     codes, scale = alternate(Moments.of_weights(weights), codes, scale, spec.bits, least)
     codes, scale = alternate(moments, codes, scale, spec.bits, least)
@@ -153,7 +134,7 @@ def _split(layer: Layer, table: QuantTable, finish: Finish) -> QuantTable:
         scale=scale.reshape(-1).cpu().numpy().astype(np.float32),
         codes=np.ascontiguousarray(np.moveaxis(found, 0, spec.axis or 0)),
     )
-    return with_means(layer, finish(table.updated({layer.weight: learned})))
+    return with_means(layer, layer.unit.finish(table.updated({layer.weight: learned})))
 
 
 def with_means(layer: Layer, table: QuantTable) -> QuantTable:
@@ -161,8 +142,8 @@ def with_means(layer: Layer, table: QuantTable) -> QuantTable:
     if layer.bias is None or layer.bias not in table:
         return table
     grid = table[layer.bias]
-    loss, outputs = layer.outcome(table)
-    made, target = outputs[layer.output], layer.targets[layer.output]
+    loss, outputs = layer.unit.outcome(table)
+    made, target = outputs[layer.output], layer.target
     assert grid.codes is not None
     if not isinstance(made, torch.Tensor) or not isinstance(target, torch.Tensor):
         return table
@@ -170,7 +151,7 @@ def with_means(layer: Layer, table: QuantTable) -> QuantTable:
     missing = (target - made).mean(dim=[a for a in range(made.dim()) if a != axis]).cpu().numpy()
     codes = grid.codes + np.rint(missing / np.asarray(grid.scale)).astype(np.int32).reshape(grid.codes.shape)
     moved = table.updated({layer.bias: replace(grid, codes=codes)})
-    return moved if layer.outcome(moved)[0] < loss else table
+    return moved if layer.unit.outcome(moved)[0] < loss else table
 
 
 def _grouped(rows: np.ndarray, groups: int, device: torch.device) -> torch.Tensor:
@@ -198,8 +179,8 @@ def _moments(layer: Layer, table: QuantTable) -> Moments | None:
 
     constants = layer.constants()
     silent = constants | {layer.weight: torch.zeros_like(constants[layer.weight])}
-    first = {name: layer.passes.part(value, 0) for name, value in layer.inputs.items()}
-    offset = layer.piece(first | silent, observe)[layer.output][:1]  # what the bias adds, wherever it is added
+    first = {name: layer.unit.passes.part(value, 0) for name, value in layer.unit.inputs.items()}
+    offset = layer.unit.piece(first | silent, observe)[layer.output][:1]  # what the bias adds, wherever it is added
     channels = found.get(read, first.get(read))
     assert channels is not None
     rows = rows_of(weight, spec)
@@ -207,19 +188,19 @@ def _moments(layer: Layer, table: QuantTable) -> Moments | None:
     inner = rows.shape[1]
     if offset.shape[1 if is_conv else -1] != len(rows) or groups * inner * inner > _MOST_MOMENTS:
         return None  # a grouped transposed convolution, or one too large
-    silent[layer.weight] = laid_out(_unfolding(weight.shape, spec, groups)).to(layer.device)
+    silent[layer.weight] = laid_out(_unfolding(weight.shape, spec, groups)).to(layer.unit.device)
     if layer.bias is not None:
-        silent[layer.bias] = torch.zeros(groups * inner, device=layer.device)
-    gram = torch.zeros(groups, inner, inner, dtype=torch.float64, device=layer.device)
-    cross = torch.zeros(groups, inner, len(rows) // groups, dtype=torch.float64, device=layer.device)
-    energy = torch.zeros(groups, len(rows) // groups, dtype=torch.float64, device=layer.device)
+        silent[layer.bias] = torch.zeros(groups * inner, device=layer.unit.device)
+    gram = torch.zeros(groups, inner, inner, dtype=torch.float64, device=layer.unit.device)
+    cross = torch.zeros(groups, inner, len(rows) // groups, dtype=torch.float64, device=layer.unit.device)
+    energy = torch.zeros(groups, len(rows) // groups, dtype=torch.float64, device=layer.unit.device)
     seen = 0
-    for index, part in enumerate(layer.passes):
-        fed = {name: layer.passes.part(value, index) for name, value in layer.inputs.items()}
-        target = layer.passes.part(layer.targets[layer.output], index) - offset
+    for index, part in enumerate(layer.unit.passes):
+        fed = {name: layer.unit.passes.part(value, index) for name, value in layer.unit.inputs.items()}
+        target = layer.unit.passes.part(layer.target, index) - offset
         x, y = (
             (tensor.movedim(1, -1) if is_conv else tensor).reshape(-1, groups, size).transpose(0, 1)
-            for tensor, size in ((layer.piece(fed | silent, observe)[layer.output], inner), (target, len(rows) // groups))
+            for tensor, size in ((layer.unit.piece(fed | silent, observe)[layer.output], inner), (target, len(rows) // groups))
         )  # [G, rows, K], [G, rows, O]
         gram += (x.transpose(1, 2) @ x).double()
         cross += (x.transpose(1, 2) @ y).double()

@@ -1,0 +1,183 @@
+"""A unit to be learned, whatever learns it: what it reads, what it should make, and which of two tables is the better one."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from .activations import Passes, Piece, Value, constants_of, quantizing, run_piece
+from .config import Settings
+from .losses import full_loss
+from .minibatch import Draw
+from .placement import Bias
+from .quant_table import BIAS_BITS, QuantTable, TensorQuant
+from .torch_import import TorchBlock
+
+_CURVE_POINTS = 40
+
+
+class Finish(Protocol):
+    """Completes a table, given the float biases that were learned, with what follows from it: codes of biases, tied values."""
+
+    def __call__(self, learned: QuantTable, biases: Mapping[str, np.ndarray] = ..., /) -> QuantTable: ...
+
+
+Progress = Callable[[int, int, float], None]
+"""Called now and then with (iteration, iterations, reconstruction loss)."""
+
+
+class CurvePoint(NamedTuple):
+    """The state of a unit's optimisation at one step.
+
+    `loss` is the reconstruction loss of the mini-batch, `regulariser` lambda * sum(1 - |2h - 1|^beta) and `beta` its exponent (both NaN
+    during the warm-up, which has none), `decided` the share of weights whose rounding is all but made.
+    """
+
+    iteration: int
+    loss: float
+    regulariser: float
+    beta: float
+    decided: float
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What the reconstruction of one unit came to.
+
+    `loss_before` and `loss_after` are hard-quantized losses over all samples: rounding to nearest on the calibrated grids, and the learned
+    codes and steps. `kept` says which of the two is in the table. `flipped` is the share of weights whose code differs from rounding to
+    nearest, `undecided` the share whose soft rounding was still open at the end (None: none was
+    soft). `curve` has some 40 points of the optimisation.
+    """
+
+    unit: str
+    loss_before: float
+    loss_after: float
+    kept: str
+    iterations: int
+    seconds: float
+    flipped: float
+    undecided: float | None
+    curve: tuple[CurvePoint, ...]
+    changes: Mapping[str, TensorQuant]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit and its samples in both streams.
+
+    Attributes:
+        piece: the unit.
+        weights: those to be learned: on a grid, and in no unit before it.
+        biases: its quantized biases.
+        floats: float weights and biases of the model by name.
+        inputs: the unit's inputs in the quantized stream.
+        float_inputs: the same in the float stream; with keep_probability < 1 the two are mixed element-wise.
+        targets: what the float unit makes of `float_inputs`, and the loss is taken of.
+        passes: how the samples of these are split.
+        device: where they are.
+        table: grids of the unit's activations and weights, with the codes of rounding to nearest.
+        finish: completes a table.
+        settings: hyper-parameters.
+        seed: of the mini-batches and the dropping.
+        progress: called now and then.
+    """
+
+    piece: TorchBlock
+    weights: tuple[str, ...]
+    biases: Mapping[str, Bias]
+    floats: Mapping[str, np.ndarray]
+    inputs: Mapping[str, Value]
+    float_inputs: Mapping[str, Value]
+    targets: Mapping[str, Value]
+    passes: Passes
+    device: torch.device
+    table: QuantTable
+    finish: Finish
+    settings: Settings
+    seed: int
+    progress: Progress
+
+    def aiming_at(self, outputs: Iterable[str]) -> "Unit":
+        """The unit with some of its targets."""
+        return replace(self, targets={name: self.targets[name] for name in outputs})
+
+    @property
+    def given(self) -> dict[str, np.ndarray]:
+        """Weights and biases as they are before learning: in float, but on their grids where they are not learned here."""
+        on_grids = {name for name in self.piece.weights if name in self.table and name not in self.weights}
+        return {name: self.table[name].dequantized() if name in on_grids else self.floats[name] for name in self.piece.weights}
+
+    def draw(self) -> Draw:
+        """Mini-batches, from the start of the unit's random numbers."""
+        generator = torch.Generator(self.device).manual_seed(self.seed)
+        return Draw(self.inputs, self.float_inputs, self.targets, self.passes, self.settings.batch_size, generator)
+
+    def outcome(self, table: QuantTable) -> tuple[float, dict[str, Value]]:
+        """The hard-quantized loss over all samples under a table, and all outputs of the piece."""
+        constants = constants_of(self.piece.weights, self.floats, table, self.device)
+        outputs = run_piece(self.piece, self.inputs, constants, self.passes, quantizing(table))
+        return full_loss(outputs, self.targets, self.passes), outputs
+
+
+class Learned(NamedTuple):
+    """What learning made: a finished table, the curve, and the share of roundings left open (None: none was soft)."""
+
+    table: QuantTable
+    curve: tuple[CurvePoint, ...]
+    undecided: float | None
+
+
+def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations: int) -> tuple[UnitResult, dict[str, Value]]:
+    """Learn a unit, and keep the better of what it had and what it learned.
+
+    Args:
+        unit: the unit.
+        learn: from the finished table to start with.
+        iterations: for the result.
+
+    Returns:
+        The result, whose `changes` make the better of the two tables, and the unit's outputs in the quantized stream under that table.
+    """
+    started = time.perf_counter()
+    before = unit.finish(unit.table)
+    loss_before, _ = unit.outcome(before)  # its outputs are not kept while learning
+    after, curve, undecided = learn(before)
+    loss_after, outputs = unit.outcome(after)
+    is_better = loss_after < loss_before
+    if not is_better:
+        del outputs
+        _, outputs = unit.outcome(before)
+    best = after if is_better else before
+    flipped = sum(np.count_nonzero(after[name].codes != before[name].codes) for name in unit.weights)
+    result = UnitResult(
+        unit=unit.piece.block.name,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        kept="learned" if is_better else "initial",
+        iterations=iterations,
+        seconds=time.perf_counter() - started,
+        flipped=float(flipped / sum(unit.floats[name].size for name in unit.weights)),
+        undecided=undecided,
+        curve=curve,
+        changes={name: grid for name, grid in best.tensors.items() if name not in unit.table or grid is not unit.table[name]},
+    )
+    return result, outputs
+
+
+def is_curve_point(iteration: int, iterations: int) -> bool:
+    """Whether the curve has a point at an iteration."""
+    return iteration % max(iterations // _CURVE_POINTS, 1) == 0 or iteration == iterations - 1
+
+
+def learned_weights(module: Piece, table: QuantTable, done: AbstractSet[str] = frozenset()) -> tuple[str, ...]:
+    """The weights of a unit whose rounding is learned: those on a grid that no unit before it has (`done`); biases follow from them.
+
+    Fixed grids are those of weights that are only stored.
+    """
+    grids = {name: table[name] for name in module.weights if name in table and name not in done}
+    return tuple(name for name, grid in grids.items() if grid.spec.bits < BIAS_BITS and not grid.fixed)
