@@ -85,10 +85,10 @@ def test_the_estimate_follows_liveness() -> None:
 def test_caches_grow_with_samples_and_work_with_the_batch(tmp_path: Path) -> None:
     source, samples = zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(64)
     config = Config(device="cpu", batch_size=8)
-    rows = survey.survey(source, samples, config)
+    found = survey.survey(source, samples, config)
 
     def demand(count: int, batch: int) -> Demand:
-        return survey.expected_memory(source, samples.first(count), rows, dataclasses.replace(config, batch_size=batch))
+        return survey.expected_memory(source, samples.first(count), found, dataclasses.replace(config, batch_size=batch))
 
     # The identity block's input and output, 8x8x8 floats each, in both streams.
     assert demand(64, 8).caches == 2 * 64 * 2 * 8 * 8 * 8 * 4

@@ -208,13 +208,7 @@ def test_layers_in_islands_are_stored_too(tmp_path: Path, monkeypatch: pytest.Mo
 
     source, samples = zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(8)
     node = source.graph.weighted[2]
-    imported = pipeline.imported
-
-    def with_island(source: SourceModel, *rest: object) -> object:
-        monkeypatch.setattr("toolchain.importing.find_islands", lambda *_: {node.name: "for the test"})
-        return imported(source, *rest)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(pipeline, "imported", with_island)
+    monkeypatch.setattr(pipeline, "find_islands", lambda *_: {node.name: "for the test"})
     found = quantize(source, samples, FAST)
     weight = source.graph.weight(node)
     assert weight is not None

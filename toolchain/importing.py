@@ -9,7 +9,6 @@ from . import partition
 from .activations import TorchModel
 from .config import LAYERWISE, Config
 from .import_check import check_import
-from .islands import find_islands
 from .partition import Block, Rules
 from .samples import Samples
 from .source import SourceModel, ValueTypes
@@ -25,13 +24,13 @@ def cut_blocks(source: SourceModel, types: ValueTypes, islands: Mapping[str, str
 
 
 def imported(
-    source: SourceModel, types: ValueTypes, samples: Samples, config: Config, device: torch.device
+    source: SourceModel, types: ValueTypes, islands: Mapping[str, str], samples: Samples, config: Config, device: torch.device
 ) -> tuple[TorchModel, dict[str, str], float]:
     """The blocks in torch, the islands between them, and the worst difference to ONNX Runtime that is left.
 
-    Nodes that torch computes differently, or not at all when it comes to it, become islands too.
+    To the islands that are known come nodes that torch computes differently, or not at all when it comes to it.
     """
-    islands = find_islands(source, types)
+    islands = dict(islands)
     while True:
         model = TorchModel.of(source, types, cut_blocks(source, types, islands, config), device)
         error, strays = check_import(model, samples)

@@ -66,16 +66,16 @@ def quantize(
     """
     laps = _Laps()
     device = pick_device(config.device)
-    rows = survey(source, samples, config)
-    room = Room(expected_memory(source, samples, rows, config).room_in(config.memory), run and run.path)
+    room = Room(expected_memory(source, samples, survey(source, samples, config), config).room_in(config.memory), run and run.path)
     samples = samples.chosen(config.calibration_samples, config.seed)
     types = infer_types(source, samples.shapes, samples.inputs)
     samples = samples.whole(types.batch)
     own = own_precisions(source.graph, config.own_bits)
     floats = match_nodes(source.graph, config.keep_float)
-    copies = operand_copies(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
+    islands = find_islands(source, types)
+    copies = operand_copies(source, types, config.scheme, config.precision, floats, islands, own)
     source, types = source.with_copies(copies), types.with_copies(copies)
-    model, islands, import_error = imported(source, types, samples, config, device)
+    model, islands, import_error = imported(source, types, islands, samples, config, device)
     rows = block_rows(source, types, [piece.block for piece in model.pieces], config)
     if config.merge:
         make_plan(source, rows, config)  # refuses names of blocks that there are none of, before the work begins

@@ -86,14 +86,8 @@ def place(
         copies: the values that the model has for layers, as `operand_copies` named them.
     """
     graph = source.graph
-    bits_of = _BitsOf(precision, own)
-    first, last = edges(graph)
-    reasons = reasons_of(keep_float, islands)
-    stored, unstored = _stored_specs(source, scheme, bits_of, keep_float, islands.keys())
-    weights, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
-    floats = [*with_storage(source, floats, stored), *unstored, *other_constants(source)]
-    flow = Flow(source, _floats(types), reasons.keys(), scheme, copies.keys())
-    integer = integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
+    ground = _ground(source, types, scheme, precision, keep_float, islands, own, copies.keys())
+    flow, integer, weights, floats = ground.flow, ground.integer, ground.weights, list(ground.floats)
     copied = {copy.origin for copy in copies.values()}
     activations: dict[str, QuantSpec] = {}
     tied: dict[str, str] = {}
@@ -105,7 +99,7 @@ def place(
             ):  # fmt: skip
                 tied[value] = origin
             continue
-        bits = _activation_bits(flow, value, integer, bits_of, first | last)
+        bits = _activation_bits(ground, value)
         if bits is not None:
             activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
@@ -117,8 +111,10 @@ def place(
         floats += float_biases
     met = {node.name for value in activations for node in flow.integer_readers(value, integer)}
     met |= {node.name for node in graph.weighted if graph.weight(node) in weights}
-    met |= {node.name for name in stored for node in graph.readers_of(name)}
-    return Placement(activations, tied, shared, weights, stored, biases, tuple(floats), first, last, frozenset(met), copies)
+    met |= {node.name for name in ground.stored for node in graph.readers_of(name)}
+    return Placement(
+        activations, tied, shared, weights, ground.stored, biases, tuple(floats), ground.first, ground.last, frozenset(met), copies
+    )
 
 
 def operand_copies(
@@ -136,26 +132,53 @@ def operand_copies(
     """
     if not precision.requantizes:
         return {}
-    graph, bits_of = source.graph, _BitsOf(precision, own)
-    first, last = edges(graph)
-    reasons = reasons_of(keep_float, islands)
-    _, floats = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
-    flow = Flow(source, _floats(types), reasons.keys(), scheme)
-    integer = integer_nodes(flow, {node.name for node in graph.weighted} - {row.node for row in floats})
+    graph = source.graph
+    ground = _ground(source, types, scheme, precision, keep_float, islands, own)
+    flow, integer = ground.flow, ground.integer
     taken = {*graph.inputs, *graph.constants, *graph.producer}
     copies: dict[str, Copy] = {}
     for value in [*graph.inputs, *graph.producer]:
         operands = [node for node in flow.direct_readers(value, integer) if node.op_type in WEIGHT_INPUT]
         others = [node for node in flow.integer_readers(flow.source(value), integer) if node not in operands]
-        wanted, kept = (_asked_bits(readers, bits_of, first | last) for readers in (operands, others))
+        wanted, kept = (_asked_bits(ground, readers) for readers in (operands, others))
         if wanted is not None and kept is not None and wanted < kept and value in flow.quantizable:
             name = next(name for index in itertools.count() if (name := f"{value}_operand{index or ''}") not in taken)
             copies[name] = Copy(value, tuple(node.name for node in operands))
     return copies
 
 
-def _floats(types: ValueTypes) -> frozenset[str]:
-    return frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT)
+@dataclass(frozen=True)
+class _Ground:
+    """What every question about a placement starts from: which nodes run on integers, and the bits that each wants."""
+
+    bits_of: "_BitsOf"
+    first: frozenset[str]
+    last: frozenset[str]
+    weights: Mapping[str, QuantSpec]
+    stored: Mapping[str, QuantSpec]
+    floats: tuple[FloatRow, ...]
+    flow: Flow
+    integer: frozenset[str]
+
+
+def _ground(
+    source: SourceModel,
+    types: ValueTypes,
+    scheme: Scheme,
+    precision: Precision,
+    keep_float: AbstractSet[str],
+    islands: Mapping[str, str],
+    own: Mapping[str, Precision],
+    copies: AbstractSet[str] = frozenset(),
+) -> _Ground:
+    bits_of, (first, last), reasons = _BitsOf(precision, own), edges(source.graph), reasons_of(keep_float, islands)
+    stored, unstored = _stored_specs(source, scheme, bits_of, keep_float, islands.keys())
+    weights, left = _weight_specs(source, types, scheme, bits_of, reasons, first | last)
+    floats = (*with_storage(source, left, stored), *unstored, *other_constants(source))
+    quantizable = frozenset(value for value, dtype in types.dtypes.items() if dtype == TensorProto.FLOAT)
+    flow = Flow(source, quantizable, reasons.keys(), scheme, copies)
+    integer = integer_nodes(flow, {node.name for node in source.graph.weighted} - {row.node for row in floats})
+    return _Ground(bits_of, first, last, weights, stored, floats, flow, integer)
 
 
 def _weight_specs(
@@ -203,28 +226,30 @@ def _stored_specs(
     return specs, floats
 
 
-def _activation_bits(flow: Flow, value: str, integer: AbstractSet[str], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
+def _activation_bits(ground: _Ground, value: str) -> int | None:
     """Bits of a value that is computed or fed (not moved); None where it stays float."""
-    if value not in flow.quantizable or bits_of.general.activation_bits >= FLOAT_BITS:
+    flow, general = ground.flow, ground.bits_of.general
+    if value not in flow.quantizable or general.activation_bits >= FLOAT_BITS:
         return None
-    bits = _asked_bits(flow.integer_readers(value, integer), bits_of, edge_nodes)
-    if bits is None and is_quantized_result(flow, value, integer):
-        return bits_of.general.elementwise
+    bits = _asked_bits(ground, flow.integer_readers(value, ground.integer))
+    if bits is None and is_quantized_result(flow, value, ground.integer):
+        return general.elementwise
     return bits
 
 
-def _asked_bits(readers: Sequence[Node], bits_of: "_BitsOf", edge_nodes: AbstractSet[str]) -> int | None:
+def _asked_bits(ground: _Ground, readers: Sequence[Node]) -> int | None:
     """Bits of a quantizer that some operators on integers share; None where there are none.
 
     What was asked for a reader wins, the most of it where several readers were asked for; else the layers among them decide.
     """
-    asked = [bits_of.own[node.name].activation_bits for node in readers if node.name in bits_of.own]
+    own, general = ground.bits_of.own, ground.bits_of.general
+    asked = [own[node.name].activation_bits for node in readers if node.name in own]
     if asked:
         return max(asked)
     operands = [node for node in readers if node.op_type in WEIGHT_INPUT]
     if operands:
-        return min(bits_of.general.operand(node.name in edge_nodes) for node in operands)
-    return bits_of.general.elementwise if readers else None
+        return min(general.operand(node.name in ground.first | ground.last) for node in operands)
+    return general.elementwise if readers else None
 
 
 def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float] | None:

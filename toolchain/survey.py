@@ -1,6 +1,7 @@
 """What can be said of a model and its samples before the work begins: its blocks, their plan, the memory, and what is refused."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from .activations import CHUNK
 from .config import Config
@@ -19,7 +20,16 @@ from .source import SourceModel, ValueTypes, infer_types
 _ASSUMED_AXIS = 224
 
 
-def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[BlockRow, ...]:
+@dataclass(frozen=True)
+class Survey:
+    """Types of a model's values for its samples, the nodes left to ONNX Runtime with the reasons, and its blocks."""
+
+    types: ValueTypes
+    islands: Mapping[str, str]
+    rows: tuple[BlockRow, ...]
+
+
+def survey(source: SourceModel, samples: Samples, config: Config) -> Survey:
     """Partition the model, and refuse settings that name what it does not have: everything that can be said before the work begins."""
     types = infer_types(source, samples.shapes, samples.inputs)
     islands, kept = find_islands(source, types), match_nodes(source.graph, config.keep_float)
@@ -29,10 +39,10 @@ def survey(source: SourceModel, samples: Samples, config: Config) -> tuple[Block
     rows = block_rows(source, types, cut_blocks(source, types, islands, config), config)
     if config.merge:
         make_plan(source, rows, config)
-    return rows
+    return Survey(types, islands, rows)
 
 
-def expected_memory(source: SourceModel, samples: Samples, rows: Sequence[BlockRow], config: Config) -> Demand:
+def expected_memory(source: SourceModel, samples: Samples, found: Survey, config: Config) -> Demand:
     """What a run will take at its peak, from the shapes of the model's values.
 
     Raises:
@@ -40,13 +50,12 @@ def expected_memory(source: SourceModel, samples: Samples, rows: Sequence[BlockR
     """
     if config.memory is not None and pick_device(config.device).type != "cpu":
         raise UsageError("--memory-budget: bounds the memory of the CPU only; leave it out, or give --device cpu")
-    types = infer_types(source, samples.shapes, samples.inputs)
+    types, blocks = found.types, [row.block for row in found.rows]
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
-    blocks = [row.block for row in rows]
     size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
-    found = demand(source, types, blocks, placement.activations.keys(), count, config.batch_size, size)
-    found.room_in(config.memory)
-    return found
+    expected = demand(source, types, blocks, placement.activations.keys(), count, config.batch_size, size)
+    expected.room_in(config.memory)
+    return expected
 
 
 def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:

@@ -103,7 +103,7 @@ def setting(design: Design, folder: Path, batch: int, iterations: int) -> Settin
     samples = Samples({"x": np.maximum(rng.normal(size=shape), 0).astype(np.float32)})
     config = Config(device="cpu", iterations=iterations, batch_size=batch)
     types = infer_types(source, samples.shapes, samples.inputs)
-    (block,) = (row.block for row in survey(source, samples, config))
+    (block,) = (row.block for row in survey(source, samples, config).rows)
     model = TorchModel.of(source, types, [block], torch.device("cpu"))
     (piece,) = model.pieces
     assert isinstance(piece, TorchBlock)

@@ -104,7 +104,7 @@ def study(
         shown = Shown(as_json, verbose, quiet)
         options |= parse_precision(precision) if precision else {}
         source, calibration, evaluation, base = _experiment(model, output, options, ("units", "merge"), shown.log)
-        rows = survey(source, calibration, dataclasses.replace(base, units="none"))
+        rows = survey(source, calibration, dataclasses.replace(base, units="none")).rows
         boundaries = sorted(mergeable([row.traits for row in rows], cross_stage=True))
         count = min(calibration.count, base.calibration_samples)
         todo = study_jobs(names, base, boundaries, [row.block.name for row in rows], schemes, count)

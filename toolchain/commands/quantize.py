@@ -141,10 +141,10 @@ def _quantize(
     evaluation = calibration
     if data.eval_data is not None:
         evaluation = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
-    rows = survey(source, calibration, config)
-    memory = expected_memory(source, calibration, rows, config).describe(config.memory) if config.learns else ""
+    found = survey(source, calibration, config)
+    memory = expected_memory(source, calibration, found, config).describe(config.memory) if config.learns else ""
     if mode.dry_run:
-        _show_plan(source, rows, config, memory, shown)
+        _show_plan(source, found.rows, config, memory, shown)
         return
     environment = report.environment(str(device))
     machine = f"{environment['gpu'] or environment['processor']}, {torch.get_num_threads()} threads"
