@@ -90,8 +90,8 @@ def test_caches_grow_with_samples_and_work_with_the_batch(tmp_path: Path) -> Non
     def demand(count: int, batch: int) -> Demand:
         return survey.expected_memory(source, samples.first(count), found, dataclasses.replace(config, batch_size=batch))
 
-    # The identity block's input and output, 8x8x8 floats each, in both streams.
-    assert demand(64, 8).caches == 2 * 64 * 2 * 8 * 8 * 8 * 4
+    # The identity block's input and output, 8x8x8 elements each: floats in one stream, codes in the other.
+    assert demand(64, 8).caches == 64 * 2 * 8 * 8 * 8 * (4 + 1)
     assert demand(32, 8).caches * 2 == demand(64, 8).caches
     assert demand(64, 64).work > demand(64, 32).work
 

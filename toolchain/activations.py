@@ -13,8 +13,9 @@ from .fake_quant import fake_quantize
 from .graph import last_reads
 from .islands import Island
 from .memory import Room
+from .packing import Packed, packings
 from .partition import Block
-from .quant_table import QuantTable
+from .quant_table import QuantTable, TensorQuant
 from .source import SourceModel, ValueTypes
 from .torch_import import TorchBlock, import_block
 
@@ -28,35 +29,43 @@ class Parts(tuple[Any, ...]):
     """A value that is no array of samples [N, ...], as it was in each forward pass: a shape, [N * windows, ...], boxes, a string."""
 
 
-Value = torch.Tensor | Parts
+Value = torch.Tensor | Packed | Parts
 
 
 @dataclass(frozen=True)
 class Passes:
     """How samples go through a model: `size` of `count` in each forward pass; `stacked` names the values that are arrays of samples.
 
-    `room` is where values of all samples are kept.
+    `room` is where values of all samples are kept, `float_type` what those are kept as that are on no grid.
     """
 
     count: int
     size: int
     stacked: AbstractSet[str]
     room: Room = field(default_factory=Room)
+    float_type: torch.dtype = torch.float32
 
     def __iter__(self) -> Iterator[slice]:
         return (slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size))
 
     def part(self, value: Value, index: int) -> Any:
         """A value as it is in one forward pass."""
-        return value[index] if isinstance(value, Parts) else value[index * self.size : (index + 1) * self.size]
+        if isinstance(value, Parts):
+            return value[index]
+        rows = slice(index * self.size, (index + 1) * self.size)
+        return value.packing.unpack(value.kept[rows]) if isinstance(value, Packed) else value[rows]
 
 
 class Collector:
-    """Puts a value together from forward passes; arrays of samples are written into one tensor as they come, to hold them only once."""
+    """Puts a value together from forward passes; arrays of samples are written into one tensor as they come, to hold them only once.
 
-    def __init__(self, passes: Passes, name: str) -> None:
+    Floats are packed where the value's grid, or the float type of the passes, allows it.
+    """
+
+    def __init__(self, passes: Passes, is_stacked: bool, grid: TensorQuant | None = None) -> None:
         self._passes = passes
-        self._is_stacked = name in passes.stacked
+        self._is_stacked = is_stacked
+        self._packings = list(packings(grid, passes.float_type))
         self._parts: list[Any] = []
         self._whole: torch.Tensor | None = None
 
@@ -65,26 +74,38 @@ class Collector:
         if not self._is_stacked or not isinstance(part, torch.Tensor):
             self._parts.append(part)
             return
+        if part.dtype != torch.float32:
+            self._packings = []
         start = index * self._passes.size
         end = min(start + self._passes.size, self._passes.count)
-        if self._whole is None:
-            self._whole = self._passes.room.empty((self._passes.count, *part.shape[1:]), part.dtype, part.device)
-        if part.shape != (end - start, *self._whole.shape[1:]):  # it only looked like an array of samples: its shape follows from data
-            self._parts = [*self._whole[:start].split(self._passes.size), part] if start else [part]
+        if part.shape != (end - start, *(part if self._whole is None else self._whole).shape[1:]):
+            # It only looked like an array of samples: its shape follows from data.
+            self._parts = [*(self._passes.part(self.value, i) for i in range(index)), part]
             self._whole, self._is_stacked = None, False
             return
-        self._whole[start:end] = part
+        kept = self._packings[0].pack(part) if self._packings else part
+        while kept is None:  # not all of it is on the grid: keep it otherwise from here on, and what there is so far
+            before = [self._passes.part(self.value, i) for i in range(index)]
+            self._whole, self._packings = None, self._packings[1:]
+            for i, earlier in enumerate(before):
+                self.add(i, earlier)
+            kept = self._packings[0].pack(part) if self._packings else part
+        if self._whole is None:
+            self._whole = self._passes.room.empty((self._passes.count, *part.shape[1:]), kept.dtype, part.device)
+        self._whole[start:end] = kept
 
     @property
     def value(self) -> Value:
-        return Parts(self._parts) if self._whole is None else self._whole
+        if self._whole is None:
+            return Parts(self._parts)
+        return Packed(self._whole, self._packings[0]) if self._packings else self._whole
 
 
 @dataclass(frozen=True)
 class TorchModel:
     """The pieces of a model (blocks or units, and the islands between them) in execution order, on one device.
 
-    `size` is the number of samples in a forward pass, `room` where values of all samples are kept.
+    `size` is the number of samples in a forward pass, `room` where values of all samples are kept, `float_type` what floats are kept as.
     """
 
     source: SourceModel
@@ -93,6 +114,7 @@ class TorchModel:
     pieces: tuple[Piece, ...]
     size: int = CHUNK
     room: Room = field(default_factory=Room)
+    float_type: torch.dtype = torch.float32
 
     @classmethod
     def of(cls, source: SourceModel, types: ValueTypes, blocks: Sequence[Block], device: torch.device, size: int = CHUNK) -> "TorchModel":
@@ -109,28 +131,29 @@ class TorchModel:
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
         axes = {spec.name: spec.axis for spec in self.source.inputs}
         size = 1 if runtime.differing(inputs, axes) else self.size
-        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room)
+        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room, self.float_type)
+        observe = quantizing(table) if table is not None else None
         values: dict[str, Value] = {}
         for name, array in inputs.items():
-            if axes[name] == 0 and array.dtype.kind not in "OSU":
-                values[name] = laid_out(torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
-            else:
-                values[name] = Parts(self._fed(runtime.batched({name: array[rows]}, axes)[name]) for rows in passes)
-        if table is not None:
-            values = {name: observed(name, value, quantizing(table)) for name, value in values.items()}
+            is_stacked = axes[name] == 0 and array.dtype.kind not in "OSU"
+            parts = (array[rows] if is_stacked else runtime.batched({name: array[rows]}, axes)[name] for rows in passes)
+            collector = Collector(passes, is_stacked, table.tensors.get(name) if table is not None else None)
+            for index, part in enumerate(parts):
+                fed = self._fed(part)
+                collector.add(index, fed if observe is None or not isinstance(fed, torch.Tensor) else observe(name, fed))
+            values[name] = collector.value
         return ActivationCache(values, last_reads([piece.block.nodes for piece in self.pieces], self.source.graph), passes)
 
     def run(self, piece: Piece, cache: "ActivationCache", table: QuantTable | None = None) -> dict[str, Value]:
         """A piece's outputs over all samples, in float or (with a table) quantized."""
-        observe = quantizing(table) if table is not None else None
-        return run_piece(piece, cache.of(piece.block.inputs), self.constants(piece, table), cache.passes, observe)
+        return run_piece(piece, cache.of(piece.block.inputs), self.constants(piece, table), cache.passes, table=table)
 
     def _fed(self, array: np.ndarray) -> Any:
         return array if array.dtype.kind in "OSU" else torch.from_numpy(np.array(array)).to(self.device)
 
 
 class ActivationCache:
-    """The live values of a stream by ONNX name, each a tensor of all samples [N, ...] or its parts.
+    """The live values of a stream by ONNX name, each a tensor of all samples [N, ...], packed or not, or its parts.
 
     Each piece is run once, and what nothing later reads is freed.
     """
@@ -159,7 +182,7 @@ def observed(name: str, value: Value, observe: Observer) -> Value:
     """A value, or each of its parts, as an observer hands it back; what is no tensor is not shown to it."""
     if isinstance(value, Parts):
         return Parts(observe(name, part) if isinstance(part, torch.Tensor) else part for part in value)
-    return observe(name, value)
+    return observe(name, value.floats() if isinstance(value, Packed) else value)
 
 
 def laid_out(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,7 +213,12 @@ def quantizing(table: QuantTable) -> Observer:
 
 @torch.no_grad()
 def run_piece(
-    piece: Piece, inputs: Mapping[str, Value], constants: Mapping[str, torch.Tensor], passes: Passes, observe: Observer | None = None
+    piece: Piece,
+    inputs: Mapping[str, Value],
+    constants: Mapping[str, torch.Tensor],
+    passes: Passes,
+    observe: Observer | None = None,
+    table: QuantTable | None = None,
 ) -> dict[str, Value]:
     """Run a piece over all samples, pass by pass.
 
@@ -200,10 +228,18 @@ def run_piece(
         constants: its weights and biases by name, quantized already where they should be.
         passes: how the samples are split.
         observe: called on every value that the piece makes; what it returns takes the value's place.
+        table: in place of an observer: the grids that these values are quantized on, whose codes are then kept.
     """
-    outputs = {name: Collector(passes, name) for name in piece.block.outputs}
+    grids = table.tensors if table is not None else {}
+    outputs = {name: Collector(passes, name in passes.stacked, grids.get(name)) for name in piece.block.outputs}
+    observe = quantizing(table) if table is not None else observe
     for index, _ in enumerate(passes):
         part = {name: passes.part(value, index) for name, value in inputs.items()}
         for name, made in piece({**part, **constants}, observe).items():
             outputs[name].add(index, made)
     return {name: whole.value for name, whole in outputs.items()}
+
+
+def unpacked(value: Value) -> torch.Tensor | Parts:
+    """A value in floats."""
+    return value.floats() if isinstance(value, Packed) else value

@@ -130,6 +130,13 @@ class Config:
     memory_budget: str | None = option(
         None, "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder (CPU only).", "method"
     )
+    cache_dtype: str = option(
+        "float32",
+        "How cached activations are kept that are on no grid (those on one are kept as its codes, which loses nothing): the short types "
+        "halve them, and the learned result changes a little.",
+        "method",
+        choices=("float32", "bfloat16", "float16"),
+    )
     calibration_samples: int = option(1024, "Most calibration samples to use.", "data", low=1)
     weight_range: str = option("mse", "Calibration of weight ranges.", "calibration", choices=RANGES)
     activation_range: str = option("mse", "Calibration of activation ranges.", "calibration", choices=RANGES)

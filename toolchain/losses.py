@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from .activations import Parts, Passes, Value
+from .packing import Packed
 
 
 def loss_of(
@@ -38,7 +39,8 @@ def output_shares(targets: Mapping[str, Value], passes: Passes) -> dict[str, flo
 
 def learnable(targets: Mapping[str, Value]) -> list[str]:
     """The outputs that a loss can be taken of: float tensors that are not empty."""
-    first = {name: value[0] if isinstance(value, Parts) else value for name, value in targets.items()}
+    packed = {name: value.packing.unpack(value.kept[:1]) for name, value in targets.items() if isinstance(value, Packed)}
+    first = {name: value[0] if isinstance(value, Parts) else packed.get(name, value) for name, value in targets.items()}
     return [n for n, t in first.items() if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.dim() > 0 and t.numel() > 0]
 
 

@@ -14,7 +14,9 @@ import torch
 
 from .errors import StorageError, UsageError
 from .graph import last_reads
+from .packing import code_bytes
 from .partition import Block
+from .placement import Placement
 from .source import SourceModel, ValueTypes
 
 SUFFIX = ".cache"
@@ -68,7 +70,14 @@ class Demand:
 
 
 def demand(
-    source: SourceModel, types: ValueTypes, blocks: Sequence[Block], grids: AbstractSet[str], samples: int, batch: int, pass_size: int
+    source: SourceModel,
+    types: ValueTypes,
+    blocks: Sequence[Block],
+    placement: Placement,
+    samples: int,
+    batch: int,
+    pass_size: int,
+    float_bytes: int = _FLOAT,
 ) -> Demand:
     """Estimate the memory of a reconstruction.
 
@@ -76,19 +85,23 @@ def demand(
         source: the model.
         types: shapes of one sample of each value.
         blocks: the units, or the blocks they will be made of.
-        grids: the activations that are quantized.
+        placement: the grids of activations.
         samples: calibration samples.
         batch: samples of a mini-batch.
         pass_size: samples in a forward pass.
+        float_bytes: of an element in a cached activation that is on no grid.
     """
     sizes = {name: _FLOAT * math.prod(shape) for name, shape in types.shapes.items()}
     inputs = sum(sizes.get(name, 0) for name in source.graph.inputs)
     alive, caches, work, where = set(source.graph.inputs), 0, 0, blocks[0].name
     for block, dead in zip(blocks, last_reads([block.nodes for block in blocks], source.graph), strict=True):
         alive |= set(block.outputs)
-        caches = max(caches, 2 * samples * sum(sizes.get(name, 0) for name in alive if name in types.stacked))
+        elements = {name: sizes.get(name, 0) // _FLOAT for name in alive if name in types.stacked}
+        caches = max(
+            caches, samples * sum(count * (float_bytes + _code_bytes(placement, name, float_bytes)) for name, count in elements.items())
+        )
         alive -= dead
-        found = _work(source, block, sizes, grids, min(batch, samples), min(pass_size, samples))
+        found = _work(source, block, sizes, placement.activations.keys(), min(batch, samples), min(pass_size, samples))
         if found > work:
             work, where = found, block.name
     chosen = samples * inputs  # the samples that were drawn, beside those that were read
@@ -96,6 +109,13 @@ def demand(
     # As arrays and as codes; where the weights are outside, only their codes are held, in the table and in the file that is made of it.
     held = 2 * weights if source.shelf is None else weights // 2
     return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where)
+
+
+def _code_bytes(placement: Placement, name: str, otherwise: int) -> int:
+    """Bytes of an element in the quantized stream."""
+    spec = placement.activations.get(placement.tied.get(name, name))
+    size = code_bytes(spec.bits) if spec is not None and not spec.float8 else None
+    return otherwise if size is None else size
 
 
 def _work(source: SourceModel, block: Block, sizes: Mapping[str, int], grids: AbstractSet[str], batch: int, pass_size: int) -> int:

@@ -8,6 +8,7 @@ import torch
 from .activations import Parts, Passes, Value
 from .fake_quant import Coins, Tiles, dense
 from .losses import output_shares
+from .packing import Packed
 
 
 class Draw:
@@ -53,8 +54,8 @@ class Draw:
         if isinstance(selection, int):
             part = self._passes.part(value, selection)
             return part.clone() if isinstance(part, torch.Tensor) else part
-        assert isinstance(value, torch.Tensor)
-        return _rows(value, selection)
+        assert not isinstance(value, Parts)
+        return value.packing.unpack(_rows(value.kept, selection)) if isinstance(value, Packed) else _rows(value, selection)
 
 
 def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

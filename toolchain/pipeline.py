@@ -12,6 +12,7 @@ from .grids import calibrate, with_biases
 from .importing import imported
 from .islands import find_islands
 from .memory import Room
+from .packing import FLOAT_TYPES
 from .placement import Placement, operand_copies, place, without
 from .plan import Plan, block_rows, make_plan, measured
 from .progress import Progress
@@ -95,7 +96,11 @@ def quantize(
         run.save(_CALIBRATED, Stage(table.tensors, {"losses": [(row.loss, row.energy) for row in rows]}))
     plan = make_plan(source, rows, config)
     laps.end("plan")
-    units = replace(TorchModel.of(source, types, plan.units, device, pass_size(types, plan.units, config)), room=room)
+    units = replace(
+        TorchModel.of(source, types, plan.units, device, pass_size(types, plan.units, config)),
+        room=room,
+        float_type=FLOAT_TYPES[config.cache_dtype],
+    )
     if config.learns:
         table, results = reconstruct(units, placement, table, samples, config, progress, run)
     else:

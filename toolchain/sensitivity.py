@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .activations import Parts, Passes, Piece, TorchModel, Value, quantizing, run_piece
+from .activations import Parts, Passes, Piece, TorchModel, Value, run_piece, unpacked
 from .graph import Node
 from .quant_table import QuantTable
 from .samples import Samples
@@ -137,7 +137,7 @@ def _rerun(model: TorchModel, start: int, samples: Samples, values: Mapping[str,
 
 def _run(model: TorchModel, piece: Piece, values: Mapping[str, Value], table: QuantTable | None, passes: Passes) -> dict[str, Value]:
     inputs = {name: values[name] for name in piece.block.inputs}
-    return run_piece(piece, inputs, model.constants(piece, table), passes, quantizing(table) if table is not None else None)
+    return run_piece(piece, inputs, model.constants(piece, table), passes, table=table)
 
 
 def _sqnr(reference: Mapping[str, Value], outputs: Mapping[str, Value]) -> float:
@@ -146,6 +146,7 @@ def _sqnr(reference: Mapping[str, Value], outputs: Mapping[str, Value]) -> float
     return min((sqnr(a, b) for a, b in pairs if a.shape == b.shape), default=float("nan"))
 
 
-def _flat(value: Value) -> np.ndarray:
+def _flat(kept: Value) -> np.ndarray:
+    value = unpacked(kept)
     parts = [part for part in (value if isinstance(value, Parts) else [value]) if isinstance(part, torch.Tensor)]
     return np.concatenate([part.cpu().numpy().ravel() for part in parts]) if parts else np.empty(0)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from . import runtime
-from .activations import CHUNK, Parts, TorchModel, quantizing, run_piece
+from .activations import CHUNK, Parts, TorchModel, quantizing, run_piece, unpacked
 from .config import Config
 from .device import full_float32
 from .importing import cut_blocks
@@ -40,7 +40,8 @@ def simulate(
     for piece in model.pieces:
         stream.advance(model.run(piece, stream, table))
     found: dict[str, np.ndarray] = {}
-    for name, value in stream.of(source.graph.outputs).items():
+    for name, kept in stream.of(source.graph.outputs).items():
+        value = unpacked(kept)
         parts = value if isinstance(value, Parts) else [value]
         joined = runtime.joined([part.cpu().numpy() if isinstance(part, torch.Tensor) else np.asarray(part) for part in parts])
         found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined

@@ -10,6 +10,7 @@ from .errors import UsageError, near_misses
 from .importing import cut_blocks
 from .islands import IslandRow, find_islands, island_rows
 from .memory import Demand, demand
+from .packing import FLOAT_TYPES
 from .partition import Block
 from .placement import place
 from .plan import BlockRow, Plan, block_rows, make_plan
@@ -53,7 +54,7 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
     types, blocks = found.types, [row.block for row in found.rows]
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
     size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
-    expected = demand(source, types, blocks, placement.activations.keys(), count, config.batch_size, size)
+    expected = demand(source, types, blocks, placement, count, config.batch_size, size, FLOAT_TYPES[config.cache_dtype].itemsize)
     expected.room_in(config.memory)
     return expected
 

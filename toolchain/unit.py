@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from .activations import Passes, Piece, Value, constants_of, quantizing, run_piece
+from .activations import Passes, Piece, Value, constants_of, run_piece
 from .config import Settings
 from .losses import full_loss
 from .minibatch import Draw
@@ -120,7 +120,7 @@ class Unit:
     def outcome(self, table: QuantTable) -> tuple[float, dict[str, Value]]:
         """The hard-quantized loss over all samples under a table, and all outputs of the piece."""
         constants = constants_of(self.piece.weights, self.floats, table, self.device)
-        outputs = run_piece(self.piece, self.inputs, constants, self.passes, quantizing(table))
+        outputs = run_piece(self.piece, self.inputs, constants, self.passes, table=table)
         return full_loss(outputs, self.targets, self.passes), outputs
 
 

@@ -31,7 +31,7 @@ from torch import nn
 
 from tests import zoo
 from toolchain import reconstruction, report
-from toolchain.activations import TorchModel
+from toolchain.activations import TorchModel, unpacked
 from toolchain.config import Config
 from toolchain.cpu import keep_freed_memory
 from toolchain.grids import biases_of, calibrate, with_biases
@@ -237,7 +237,7 @@ class PlainBlock(nn.Module):
 
 def plain(design: Design, s: Setting) -> Callable[[], None]:
     """QDrop's reconstruction loop."""
-    quantized, floats, targets = (next(iter(d.values())) for d in (s.unit.inputs, s.unit.float_inputs, s.unit.targets))
+    quantized, floats, targets = (unpacked(next(iter(d.values()))) for d in (s.unit.inputs, s.unit.float_inputs, s.unit.targets))
     assert isinstance(quantized, torch.Tensor)
     assert isinstance(floats, torch.Tensor)
     assert isinstance(targets, torch.Tensor)

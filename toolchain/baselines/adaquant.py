@@ -23,7 +23,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..activations import Value
+from ..activations import Value, unpacked
 from ..losses import loss_of
 from ..quant_table import QuantTable, quantize
 from ..step_learning import LearnedSteps, anneal
@@ -64,7 +64,7 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
     shift = torch.zeros((), device=device)  # of the bias, in spreads of the output
     spread = torch.ones((), device=device)
     if layer.bias is not None and layer.bias in table:
-        target = layer.target
+        target = unpacked(layer.target)
         sample = target if isinstance(target, torch.Tensor) else torch.cat([part.reshape(-1) for part in target])
         spread = sample.std().clamp_min(1e-12)
         shift = torch.zeros_like(constants[layer.bias], requires_grad=True)

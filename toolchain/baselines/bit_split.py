@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..activations import Value, laid_out, quantizing
+from ..activations import Value, laid_out, quantizing, unpacked
 from ..calibration import rows_of
 from ..quant_table import QuantSpec, QuantTable
 from ..unit import Learned, Unit, UnitResult, learned_unit
@@ -143,7 +143,7 @@ def with_means(layer: Layer, table: QuantTable) -> QuantTable:
         return table
     grid = table[layer.bias]
     loss, outputs = layer.unit.outcome(table)
-    made, target = outputs[layer.output], layer.target
+    made, target = unpacked(outputs[layer.output]), unpacked(layer.target)
     assert grid.codes is not None
     if not isinstance(made, torch.Tensor) or not isinstance(target, torch.Tensor):
         return table

@@ -22,7 +22,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..activations import ActivationCache, Passes, TorchModel, Value
+from ..activations import ActivationCache, Passes, TorchModel, Value, unpacked
 from ..losses import learnable
 from ..placement import Placement
 from ..progress import Progress
@@ -138,7 +138,7 @@ class Aim:
         """Cross entropy, or relative squared error, over all samples."""
         if self._scores is not None:
             ((name, target),) = self._targets.items()
-            value = outputs[name]
+            value = unpacked(outputs[name])
             assert isinstance(value, torch.Tensor)
             assert isinstance(target, torch.Tensor)
             found = _log_probabilities(value, self._scores)
