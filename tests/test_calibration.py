@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnxruntime.quantization.quant_utils import QuantType, compute_data_quant_params, compute_scale_zp, quantize_nparray
 
+from toolchain import calibration
 from toolchain.calibration import Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias, grid
-from toolchain.quant_table import BIAS_BITS, TensorQuant, activation_spec, dequantize, quantize, weight_spec
+from toolchain.quant_table import BIAS_BITS, QuantSpec, TensorQuant, activation_spec, dequantize, quantize, weight_spec
 
 # Denormals underflow when they are scaled to a coarser bin, and may land on the other side of zero.
 FLOATS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
@@ -77,6 +78,37 @@ def test_weight_grids_are_per_channel_in_the_weights_own_layout(axis: int, symme
         row = np.take(weight, channel, axis)
         alone = calibrate_weight(row.reshape(1, -1), weight_spec(4, 0, symmetric), "mse", 99.99)
         assert np.atleast_1d(alone.scale)[0] == np.atleast_1d(found.scale)[channel]
+
+
+def _best_of_all_candidates(row: np.ndarray, spec: QuantSpec) -> tuple[float, float]:
+    """The least error over every candidate, and that of the scale that was found: with the arithmetic of the reference, in doubles."""
+    ends = [row.min(keepdims=True) * f for f in np.arange(1, 101) / 100], [row.max(keepdims=True) * f for f in np.arange(1, 101) / 100]
+    grids = [TensorQuant(spec, *(p[0] for p in grid(low, high, spec))) for low, high in zip(*ends, strict=True)]
+    return min(error(row, found) for found in grids), error(row, calibrate_weight(row, spec, "mse", 99.99))
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 200), elements=st.floats(-4, 4, width=16)),
+    st.integers(2, 8),
+    st.booleans(),
+    st.sampled_from([7, 64, 1 << 16]),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_weight_search_stops_early_only_where_nothing_better_follows(row: np.ndarray, bits: int, symmetric: bool, tile: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_TILE", tile)  # so that rows are cut into pieces, and searched in groups
+        best, found = _best_of_all_candidates(row, weight_spec(bits, None, symmetric))
+    assert found <= best * (1 + 1e-4) + 1e-12  # the search adds up float32 errors
+
+
+def test_rows_are_searched_alike_alone_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = np.random.default_rng(0).standard_t(3, (40, 30)).astype(np.float32)
+    weight[3], weight[7] = 0.0, 0.25
+    spec = weight_spec(4, 0, True)
+    found = calibrate_weight(weight, spec, "mse", 99.99).scale
+    for tile in (1, 100):  # a value at a time; three rows at a time
+        monkeypatch.setattr(calibration, "_TILE", tile)
+        assert np.array_equal(calibrate_weight(weight, spec, "mse", 99.99).scale, found)
 
 
 def test_percentile_cuts_the_tails() -> None:

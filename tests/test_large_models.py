@@ -54,6 +54,21 @@ def test_where_weights_are_makes_no_difference(outside: bool, tmp_path: Path, mo
         ]
 
 
+def test_weights_that_nodes_make_are_moved_out_once_they_are_folded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]> g (float[N, 3, 8, 8] x) => (float[N, 20, 6, 6] y)
+        <int64[4] shape = {20, 3, 3, 3}> { w = ConstantOfShape <value: tensor = float[1] {0.5}> (shape)  y = Conv(x, w) }
+    """)
+    path = inside(model, tmp_path)
+    expected = exported_from(path)
+    monkeypatch.setattr(large, "OUTSIDE", 1000)
+    source = load_source(path)
+    assert path.stat().st_size < 1000 <= large.weight_bytes(source.model)
+    assert large.folder_of(source.model) is not None
+    assert np.array_equal(source.constants["w"], np.full((20, 3, 3, 3), 0.5, np.float32))
+    assert list(exported_from(path).graph.initializer) == list(expected.graph.initializer)
+
+
 def test_the_folder_of_mapped_weights_lives_as_long_as_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large, "OUTSIDE", 1000)
     source = load_source(external(zoo.tiny_resnet(), tmp_path))

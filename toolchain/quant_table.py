@@ -156,8 +156,10 @@ def quantize(array: np.ndarray, grid: TensorQuant) -> np.ndarray:
     if grid.spec.float8:
         numbers = np.clip(array.astype(np.float32) / (scale * np.float32(FLOAT8_UNIT)), -FLOAT8_MAX, FLOAT8_MAX).astype(FLOAT8)
         return (numbers.astype(np.float32) * FLOAT8_UNIT).astype(np.int32)
-    codes = np.rint(array.astype(np.float32) / scale) + zero_point
-    return np.clip(codes, grid.spec.qmin, grid.spec.qmax).astype(np.int32)
+    codes = np.asarray(array.astype(np.float32) / scale)  # one array of floats from here on: weights are large
+    np.rint(codes, out=codes)
+    codes += zero_point.astype(np.float32)
+    return np.clip(codes, grid.spec.qmin, grid.spec.qmax, out=codes).astype(np.int32)
 
 
 def dequantize(codes: np.ndarray, grid: TensorQuant) -> np.ndarray:

@@ -185,6 +185,9 @@ def _loaded(path: Path) -> SourceModel:
     model, notes = widened(model)
     shelf = large.Shelf() if large.weight_bytes(model) > large.OUTSIDE else None
     model = normalised(model, path, shelf.folder if shelf is not None else None)
+    if shelf is None and large.weight_bytes(model) > large.OUTSIDE:  # made by nodes that were folded
+        shelf = large.Shelf()
+        large.moved_out(model, shelf.folder / "folded.weights")
     lift_weights(model.graph)
     nodes = schedule([_node(proto) for proto in model.graph.node], [output.name for output in model.graph.output])
     if not nodes:

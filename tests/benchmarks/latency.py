@@ -1,16 +1,19 @@
-"""Time a float model and its quantized files under ONNX Runtime, all in one process and in turn; figures are ratios to the float model.
+"""Time a float model and quantized files under ONNX Runtime, all in one process and in turn, with what they get right and what runs on
+integers.
 
 usage: python -m tests.benchmarks.latency MODEL.onnx --calibration C.npz --out RESULTS.json [--precisions w8a8,w4a4] [--batches 1,32]
-           [--threads 1] [--seconds 10] [--target ort-cpu] [--peer NAME=FILE.onnx ...]
+           [--threads 1] [--seconds 10] [--target ort-cpu] [--peer NAME=FILE.onnx ...] [--eval E.npz] [--samples 128]
 
 Ranges and rounding do not change the time, so the files come from `--algorithm mse`. Each figure is the fastest of all rounds: what other
-processes take away only ever adds. Rows are added to RESULTS.json. Prints a Markdown table.
+processes take away only ever adds. `peers/int8.py` writes the files of other tools. Rows are added to RESULTS.json. Prints Markdown tables.
 """
 
 import argparse
 import json
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,13 @@ import onnxruntime as ort
 from exporters import export_qdq, write_model
 from toolchain import report, runtime
 from toolchain.config import Config, parse_precision
+from toolchain.float_operators import INTEGER_PREFIXES, float_operators
 from toolchain.pipeline import quantize
-from toolchain.samples import Preprocessing, load_samples
+from toolchain.samples import Preprocessing, Samples, load_samples
 from toolchain.source import load_source
+from toolchain.validation import agreement, class_output, sqnr, top_k
+
+_LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 def opened(path: Path, threads: int) -> ort.InferenceSession:
@@ -32,7 +39,7 @@ def opened(path: Path, threads: int) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=[runtime.CPU])
 
 
-def fastest(sessions: dict[str, ort.InferenceSession], feeds: dict[str, np.ndarray], seconds: float) -> dict[str, float]:
+def fastest(sessions: Mapping[str, ort.InferenceSession], feeds: Mapping[str, np.ndarray], seconds: float) -> dict[str, float]:
     """Fewest milliseconds of each session, run in turn."""
     best = dict.fromkeys(sessions, float("inf"))
     end, rounds = time.perf_counter() + seconds, 0
@@ -45,7 +52,28 @@ def fastest(sessions: dict[str, ort.InferenceSession], feeds: dict[str, np.ndarr
     return best
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def facts(path: Path, session: ort.InferenceSession, samples: Samples, reference: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What a file gets right, and which of its layers run on integers."""
+    found = runtime.run(session, samples.inputs)
+    head = class_output(reference, samples.count)
+    graph = runtime.optimized(path)
+    kinds = Counter(node.op_type for node in graph.node)
+    left = Counter(row.op_type for row in float_operators(graph))
+    integer = {kind: count for kind, count in sorted(kinds.items()) if kind.startswith(INTEGER_PREFIXES)}
+    return {
+        "top1": top_k(found[head], samples.labels, 1) if head is not None and samples.labels is not None else None,
+        "agreement": agreement(reference, found, head),
+        "sqnr": min(sqnr(reference[name], found[name]) for name in reference),
+        "integer_layers": sum(count for kind, count in integer.items() if any(layer in kind for layer in _LAYERS)),
+        "float_layers": sum(count for kind, count in left.items() if any(layer in kind for layer in _LAYERS)),
+        "integer_operators": integer,
+        "float_operators": dict(sorted(left.items())),
+        "conversions": kinds["QuantizeLinear"] + kinds["DequantizeLinear"],
+        "bytes": path.stat().st_size,
+    }
+
+
+def times_table(rows: list[dict[str, Any]]) -> str:
     """Milliseconds and ratios."""
     names = list(dict.fromkeys(name for row in rows for name in row["milliseconds"]))
     lines = [
@@ -54,14 +82,33 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|" + "---|" * (2 + 2 * len(names)))
     for row in rows:
         ms = row["milliseconds"]
-        times = " | ".join(f"{ms[n]:.3g}" for n in names)
-        ratios = " | ".join(f"{ms[names[0]] / ms[n]:.2f}" for n in names[1:])
+        times = " | ".join(f"{ms[n]:.3g}" if n in ms else "-" for n in names)
+        ratios = " | ".join(f"{ms[names[0]] / ms[n]:.2f}" if n in ms else "-" for n in names[1:])
         lines.append(f"| {row['model']} | {row['batch']} | {row['threads']} | {times} | {ratios} |")
     return "\n".join(lines)
 
 
+def files_table(results: Mapping[str, Any], ours: str) -> str:
+    """Every file of every model: time over that of our file, layers on integers, accuracy."""
+    batches = sorted({row["batch"] for row in results["rows"]})
+    titles = ("model", "file", *(f"time over ours, batch {batch}" for batch in batches), "layers on integers", "other operators in float",
+              "Q and DQ left", "top-1", "same as float", "SQNR dB")  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for key, found in results["files"].items():
+        model, name = key.split("/")
+        times = {row["batch"]: row["milliseconds"] for row in results["rows"] if row["model"] == model and name in row["milliseconds"]}
+        ratios = [f"{times[batch][name] / times[batch][ours]:.2f}" if batch in times else "-" for batch in batches]
+        layers = found["integer_layers"] + found["float_layers"]
+        others = sum(found["float_operators"].values()) - found["float_layers"]
+        top1, same, noise = (f"{value:.{digits}f}" if value is not None else "-"
+                             for value, digits in ((found["top1"], 2), (found["agreement"], 2), (found["sqnr"], 1)))  # fmt: skip
+        cells = (model, name, *ratios, f"{found['integer_layers']} of {layers}", others, found["conversions"], top1, same, noise)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Quantize, time, add to the results file."""
+    """Quantize, time, score, add to the results file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", required=True)
@@ -72,28 +119,37 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--target", default="ort-cpu")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=FILE", help="a file of another tool for the same model")
+    parser.add_argument("--eval", help="labelled samples to score every file on")
+    parser.add_argument("--samples", type=int, default=128, help="calibration samples of our files")
     args = parser.parse_args()
     source = load_source(args.model)
-    samples = load_samples(args.calibration, source.inputs, Preprocessing(), "--calibration").first(64)
+    samples = load_samples(args.calibration, source.inputs, Preprocessing(), "--calibration").first(args.samples)
+    scored = load_samples(args.eval, source.inputs, Preprocessing(), "--eval") if args.eval else None
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {"rows": []}
     results["environment"] = report.environment("cpu")
+    results.setdefault("files", {})
     with tempfile.TemporaryDirectory() as folder:
-        sessions = {"float": opened(args.model, args.threads)}
+        files = {"float": args.model}
         for precision in args.precisions.split(","):
             config = Config(**parse_precision(precision), algorithm="mse", device="cpu", target=args.target)
-            path = Path(folder) / f"{precision}.onnx"
-            write_model(export_qdq(source.model, quantize(source, samples, config).table, scheme=config.scheme), path)
-            sessions[precision] = opened(path, args.threads)
-        for name, path in (entry.split("=", 1) for entry in args.peer):
-            sessions[name] = opened(Path(path), args.threads)
+            files[precision] = Path(folder) / f"{precision}.onnx"
+            write_model(export_qdq(source.model, quantize(source, samples, config).table, scheme=config.scheme), files[precision])
+        files |= {name: Path(path) for name, path in (entry.split("=", 1) for entry in args.peer)}
+        sessions = {name: opened(path, args.threads) for name, path in files.items()}
         for batch in map(int, args.batches.split(",")):
             feeds = {name: array[:batch] for name, array in samples.inputs.items()}
             milliseconds = {name: round(value, 4) for name, value in fastest(sessions, feeds, args.seconds).items()}
             row = {"model": args.model.stem, "batch": batch, "threads": args.threads, "milliseconds": milliseconds}
             key = (row["model"], batch, args.threads)
             results["rows"] = [old for old in results["rows"] if (old["model"], old["batch"], old["threads"]) != key] + [row]
-            args.out.write_text(json.dumps(report.finite(results), indent=1) + "\n")
-    print(table(results["rows"]))
+        if scored is not None:
+            reference = runtime.run(sessions["float"], scored.inputs)
+            for name, path in files.items():
+                results["files"][f"{args.model.stem}/{name}"] = facts(path, sessions[name], scored, reference)
+    args.out.write_text(json.dumps(report.finite(results), indent=1) + "\n")
+    print(times_table(results["rows"]))
+    if results["files"]:
+        print(files_table(results, args.precisions.split(",")[0]))
 
 
 if __name__ == "__main__":
