@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-EFFECTS = ("refused", "inexact", "slow")
+EFFECTS = ("refused", "inexact", "slow")  # the runtime refuses the file, computes something else, or is slow at the node
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _NAMES = TensorProto.DataType.Name
 # Of https://github.com/onnxruntime/onnxruntime-qnn/pull/476 and 477.
@@ -28,12 +28,13 @@ _FLOAT8 = frozenset({TensorProto.FLOAT8E4M3FN, TensorProto.FLOAT8E5M2, TensorPro
 
 @dataclass(frozen=True)
 class Violation:
-    """A node that breaks a rule, and what follows: the file is `refused`, its results are `inexact`, or the node is `slow`."""
+    """A node that breaks a rule, at one of its values where it matters which, and what follows: `EFFECTS`."""
 
     node: str
     op_type: str
     rule: str
     effect: str = "refused"
+    value: str = ""
 
     @property
     def is_error(self) -> bool:
@@ -127,8 +128,8 @@ def check(model: onnx.ModelProto, target: str) -> tuple[Violation, ...]:
     return tuple(sorted(found, key=lambda violation: EFFECTS.index(violation.effect)))
 
 
-def _at(node: onnx.NodeProto, rule: str, effect: str = "refused") -> Violation:
-    return Violation(node.name or node.output[0], node.op_type, rule, effect)
+def _at(node: onnx.NodeProto, rule: str, effect: str = "refused", value: str = "") -> Violation:
+    return Violation(node.name or node.output[0], node.op_type, rule, effect, value)
 
 
 def _sound(file: File) -> Iterator[Violation]:
@@ -147,7 +148,7 @@ def _sound(file: File) -> Iterator[Violation]:
         if not pair.quantizes and not pair.is_constant and source is not None and source.op_type == "QuantizeLinear":
             made = file._by_output[source.output[0]]
             if made.scale is not None and not np.array_equal(made.scale, pair.scale):
-                yield _at(pair.node, f"its scale differs from that of the QuantizeLinear {source.name!r} in front of it")
+                yield _at(pair.node, "its scale differs from that of the QuantizeLinear in front of it", value=pair.node.input[0])
 
 
 def _tensorrt(file: File) -> Iterator[Violation]:
@@ -268,11 +269,11 @@ def _qnn(file: File) -> Iterator[Violation]:
             continue
         for value in node.input:
             if value in file.producer and file.dequantized(value) is None and file.producer[value].op_type not in ("Shape", "Constant"):
-                yield _at(node, f"it reads {value!r}, which is float: the HTP runs quantized operators only")
+                yield _at(node, "it reads a float value: the HTP runs quantized operators only", value=value)
     outputs = [value.name for value in file.graph.output]
     for value in outputs:
         if file.dequantized(value) is None and value in file.producer:
-            yield _at(file.producer[value], f"the graph output {value!r} is float")
+            yield _at(file.producer[value], "it makes a graph output in float: the HTP runs quantized operators only", value=value)
 
 
 def _ort_cpu(file: File) -> Iterator[Violation]:
