@@ -109,6 +109,9 @@ class Given(Coins):
     def __init__(self, keep: torch.Tensor) -> None:
         self._rest = flat(keep)
 
+    def over(self, x: torch.Tensor) -> Coins:
+        return self
+
     def toss(self, into: torch.Tensor) -> torch.Tensor:
         into.copy_(self._rest[: len(into)])
         self._rest = self._rest[len(into) :]

@@ -58,6 +58,12 @@ class StorageError(MrecgError):
     exit_code = 8
 
 
+class ProcessError(MrecgError):
+    """Another process of a run under torchrun is gone."""
+
+    exit_code = 10
+
+
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ` (did you mean 'a', 'b'?)` for the known words closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .processes import ALONE, Processes
 from .quant_table import FLOAT8_MAX, FLOAT8_UNIT, QuantSpec, TensorQuant
 
 # Elements for each thread: operations go parallel in shares of 32768, and with four times that, calling one is cheap beside doing it.
@@ -52,6 +53,7 @@ class LearnedStep(torch.autograd.Function):
         out = torch.empty_like(x)
         tiles = Tiles(x)
         keep = tiles.buffer()
+        coins = coins.over(x) if coins is not None else None
         for origin, made in tiles.of(x, out):
             torch.div(origin, step, out=made).clamp_(low, high).round_().mul_(step)
             if coins is not None:
@@ -89,18 +91,41 @@ class LearnedStep(torch.autograd.Function):
 class Coins:
     """Random choices, heads with a given probability (to 1/256), from a generator.
 
-    Eight coins come from each random 64-bit word: an order of magnitude cheaper on CPUs than a draw for each element.
+    Eight coins come from each random 64-bit word: an order of magnitude cheaper on CPUs than a draw for each element. Processes that share
+    a mini-batch toss for all of it, and each keeps the coins of its own samples.
     """
 
-    def __init__(self, probability: float, generator: torch.Generator) -> None:
+    def __init__(self, probability: float, generator: torch.Generator, processes: Processes = ALONE) -> None:
         self._threshold = round(probability * 256)
         self._generator = generator
+        self._processes = processes
+
+    def over(self, x: torch.Tensor) -> "Coins":
+        """The coins to be tossed for the tiles of a dense tensor, samples outermost in memory."""
+        if self._processes.count == 1:
+            return self
+        size = x.numel() * self._processes.count
+        words = torch.empty((size + 7) // 8, dtype=torch.int64, device=x.device)
+        words.random_(-(2**63), None, generator=self._generator)
+        return _Tossed(words.view(torch.uint8)[self._processes.share(size)], self._threshold)
 
     def toss(self, into: torch.Tensor) -> torch.Tensor:
         """Fill a dense float tensor with 1 for heads and 0 for tails, independently for each element; return it."""
         words = torch.empty((into.numel() + 7) // 8, dtype=torch.int64, device=into.device)
         words.random_(-(2**63), None, generator=self._generator)
         flat(into).copy_(words.view(torch.uint8)[: into.numel()])
+        return into.lt_(self._threshold)
+
+
+class _Tossed(Coins):
+    """Coins that have fallen, handed out in order."""
+
+    def __init__(self, fallen: torch.Tensor, threshold: int) -> None:
+        self._fallen, self._threshold = fallen, threshold
+
+    def toss(self, into: torch.Tensor) -> torch.Tensor:
+        own, self._fallen = self._fallen[: into.numel()], self._fallen[into.numel() :]
+        flat(into).copy_(own)
         return into.lt_(self._threshold)
 
 

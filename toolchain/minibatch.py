@@ -9,13 +9,14 @@ from .activations import Parts, Passes, Value
 from .fake_quant import Coins, Tiles, dense
 from .losses import output_shares
 from .packing import Packed
+from .processes import ALONE, Processes
 
 
 class Draw:
     """Mini-batches of a unit's inputs and targets: samples at random where all of them are arrays of samples.
 
     Otherwise whole forward passes at random, as many as it takes (the fixed batches of the MRECG release): a value that knows the number of
-    samples in a pass, such as a shape, fits no other selection.
+    samples in a pass, such as a shape, fits no other selection. Of rows, each process takes its share; whole passes each process takes all.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Draw:
         passes: Passes,
         batch_size: int,
         generator: torch.Generator,
+        processes: Processes = ALONE,
     ) -> None:
         self._inputs, self._floats, self._passes = inputs, float_inputs, passes
         self.shares = output_shares(targets, passes)
@@ -33,11 +35,13 @@ class Draw:
         self._batch_size = batch_size
         self._by_pass = any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
         self.generator, self.device = generator, generator.device
+        self.processes = ALONE if self._by_pass else processes  # those that have a share each
 
     def selections(self) -> Sequence[torch.Tensor | int]:
         """Rows, or the numbers of forward passes, of the next mini-batch."""
         if not self._by_pass:
-            return [torch.randperm(self._passes.count, generator=self.generator, device=self.device)[: self._batch_size]]
+            rows = torch.randperm(self._passes.count, generator=self.generator, device=self.device)[: self._batch_size]
+            return [rows[self.processes.share(len(rows))]]
         count, wanted = len(list(self._passes)), max(round(self._batch_size / self._passes.size), 1)
         return torch.randperm(count, generator=self.generator, device=self.device)[:wanted].tolist()
 
@@ -73,7 +77,7 @@ def _mixed(quantized: torch.Tensor, floats: torch.Tensor, coins: Coins) -> torch
     if floats.stride() != quantized.stride():
         floats = torch.empty_like(quantized).copy_(floats)
     tiles = Tiles(quantized)
-    keep = tiles.buffer()
+    keep, coins = tiles.buffer(), coins.over(quantized)
     for ours, theirs in tiles.of(quantized, floats):
         torch.lerp(theirs, ours, coins.toss(keep[: len(ours)]), out=ours)
     return quantized

@@ -15,6 +15,7 @@ from .memory import Room
 from .packing import FLOAT_TYPES
 from .placement import Placement, operand_copies, place, without
 from .plan import Plan, block_rows, make_plan, measured
+from .processes import ALONE, Processes
 from .progress import Progress
 from .quant_table import QuantTable
 from .run_folder import RunFolder, Stage
@@ -45,11 +46,17 @@ class Quantized:
     samples: int
     seconds: Mapping[str, float]
     islands: Mapping[str, str] = field(default_factory=dict)
+    processes: int = 1
 
 
 @full_float32
 def quantize(
-    source: SourceModel, samples: Samples, config: Config, progress: Progress = lambda *_: None, run: RunFolder | None = None
+    source: SourceModel,
+    samples: Samples,
+    config: Config,
+    progress: Progress = lambda *_: None,
+    run: RunFolder | None = None,
+    processes: Processes = ALONE,
 ) -> Quantized:
     """Quantize a float model: partition, calibrate, plan, reconstruct.
 
@@ -59,6 +66,7 @@ def quantize(
         config: all settings.
         progress: called as the work proceeds.
         run: where finished stages are kept, and taken from.
+        processes: this one among those that learn together, each of which calls this; only the first has a run.
 
     Raises:
         UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
@@ -71,6 +79,7 @@ def quantize(
     samples = samples.chosen(config.calibration_samples, config.seed)
     types = infer_types(source, samples.shapes, samples.inputs)
     samples = samples.whole(types.batch)
+    processes.check(config, samples.count)
     own = own_precisions(source.graph, config.own_bits)
     floats = match_nodes(source.graph, config.keep_float)
     islands = find_islands(source, types)
@@ -84,16 +93,19 @@ def quantize(
     model = replace(model, room=room)
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)
-    saved = run.load(_CALIBRATED) if run is not None else None
+    saved = processes.first(run.load(_CALIBRATED) if run is not None else None)
     table = QuantTable(saved.tensors) if saved else calibrate(model, placement, few, config, progress)
     placement = without(placement, placement.activations.keys() - table.tensors.keys())
+    table = QuantTable(processes.first(dict(table.tensors)))
     laps.end("calibrate")
     if saved:
         rows = tuple(replace(row, loss=loss, energy=energy) for row, (loss, energy) in zip(rows, saved.facts["losses"], strict=True))
     elif config.learns:
         rows = measured(rows, model, table, lambda block, t: with_biases(source, placement, block, t), few)
+    losses = processes.first([(row.loss, row.energy) for row in rows])
+    rows = tuple(replace(row, loss=loss, energy=energy) for row, (loss, energy) in zip(rows, losses, strict=True))
     if run is not None and config.learns and not saved:
-        run.save(_CALIBRATED, Stage(table.tensors, {"losses": [(row.loss, row.energy) for row in rows]}))
+        run.save(_CALIBRATED, Stage(table.tensors, {"losses": losses}))
     plan = make_plan(source, rows, config)
     laps.end("plan")
     units = replace(
@@ -102,7 +114,7 @@ def quantize(
         float_type=FLOAT_TYPES[config.cache_dtype],
     )
     if config.learns:
-        table, results = reconstruct(units, placement, table, samples, config, progress, run)
+        table, results = reconstruct(units, placement, table, samples, config, progress, run, processes)
     else:
         results = ()
         for unit in plan.units:
@@ -110,7 +122,7 @@ def quantize(
         if config.bias_correction:
             table = correct_biases(units, placement, table, samples)
     laps.end("reconstruct")
-    return Quantized(table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands)
+    return Quantized(table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands, processes.count)
 
 
 class _Laps:

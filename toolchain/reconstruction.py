@@ -37,7 +37,7 @@ def _learn(unit: Unit) -> Learned:
     moving = ((steps.parameters, settings.activation_lr), (biases.parameters, settings.bias_lr))
     groups = [{"params": parameters, "lr": rate, "first": rate} for parameters, rate in moving if parameters]
     annealed = torch.optim.Adam(groups, fused=True) if groups else None
-    coins = Coins(settings.keep_probability, draw.generator) if settings.keep_probability < 1.0 else None
+    coins = Coins(settings.keep_probability, draw.generator, draw.processes) if settings.keep_probability < 1.0 else None
     quantize = steps.quantizing(coins)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
@@ -45,10 +45,12 @@ def _learn(unit: Unit) -> Learned:
         loss = torch.zeros((), device=device)
         for selection in batches:
             fed, targets = draw.batch(selection, coins)
-            part = loss_of(piece(fed | constants | soft | moved, quantize), targets, draw.shares) / len(batches)
+            part = loss_of(piece(fed | constants | soft | moved, quantize), targets, draw.shares) / (len(batches) * draw.processes.count)
             if part.requires_grad:
                 part.backward(retain_graph=selection is not batches[-1])  # the batches share the biases
             loss += part.detach()
+        moving_too = [parameter.grad for parameter in (*steps.parameters, *biases.parameters) if parameter.grad is not None]
+        draw.processes.sum([loss, rounding.gradient, *moving_too])
         beta = _beta(iteration, settings)
         is_point = is_curve_point(iteration, settings.iterations)
         state = torch.stack([loss, *rounding.state(settings.round_weight, beta)]) if is_point else None
@@ -102,9 +104,9 @@ class _Rounding:
         self.logits = rounding_logits(fraction).to(device).requires_grad_()
         self._fixed, self._span = self._fixed.to(device), self._span.to(device)
         self._weights = torch.empty(size, device=device)
-        self._gradient = torch.zeros(size, device=device)
+        self.gradient = torch.zeros(size, device=device)
         self._leaves = self._views(self._weights)
-        for name, gradient in self._views(self._gradient).items():
+        for name, gradient in self._views(self.gradient).items():
             self._leaves[name].requires_grad_()
             self._leaves[name].grad = gradient  # backward accumulates into the flat buffer
         self._sigmoid = torch.empty(size, device=device)
@@ -116,7 +118,7 @@ class _Rounding:
             torch.sigmoid(self.logits, out=self._sigmoid)
             torch.mul(self._sigmoid, ZETA - GAMMA, out=self._soft).add_(GAMMA).clamp_(0.0, 1.0)
             torch.addcmul(self._fixed, self._soft, self._span, out=self._weights)
-        self._gradient.zero_()
+        self.gradient.zero_()
         return self._leaves
 
     @torch.no_grad()
@@ -131,7 +133,7 @@ class _Rounding:
     @torch.no_grad()
     def set_gradient(self, round_weight: float, beta: float | None) -> None:
         """dL/dV from dL/dw~, plus the gradient of lambda * sum(1 - |2h - 1|^beta) (AdaRound, Eq. 24)."""
-        gradient = self._gradient.mul_(self._span)
+        gradient = self.gradient.mul_(self._span)
         if beta is not None:
             centred = self._soft.mul(2.0).sub_(1.0)
             push = centred.abs().pow_(beta - 1.0).copysign_(centred)

@@ -62,7 +62,7 @@ def run_report(
                 "last_layers": sorted(quantized.placement.last),
                 "algorithm": _algorithm(config),
             },
-            "environment": environment(quantized.device),
+            "environment": {**environment(quantized.device), "processes": quantized.processes},
             "calibration": {"samples": quantized.samples, "import_error": quantized.import_error},
             **plan_report(quantized.plan),
             "units": [unit_report(result) for result in quantized.results],

@@ -14,6 +14,7 @@ from .config import Settings
 from .losses import full_loss
 from .minibatch import Draw
 from .placement import Bias
+from .processes import ALONE, Processes
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .torch_import import TorchBlock
 
@@ -85,6 +86,7 @@ class Unit:
         settings: hyper-parameters.
         seed: of the mini-batches and the dropping.
         progress: called now and then.
+        processes: those that share the mini-batches.
     """
 
     piece: TorchBlock
@@ -101,6 +103,7 @@ class Unit:
     settings: Settings
     seed: int
     progress: Progress
+    processes: Processes = ALONE
 
     def aiming_at(self, outputs: Iterable[str]) -> "Unit":
         """The unit with some of its targets."""
@@ -115,7 +118,7 @@ class Unit:
     def draw(self) -> Draw:
         """Mini-batches, from the start of the unit's random numbers."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        return Draw(self.inputs, self.float_inputs, self.targets, self.passes, self.settings.batch_size, generator)
+        return Draw(self.inputs, self.float_inputs, self.targets, self.passes, self.settings.batch_size, generator, self.processes)
 
     def outcome(self, table: QuantTable) -> tuple[float, dict[str, Value]]:
         """The hard-quantized loss over all samples under a table, and all outputs of the piece."""
@@ -148,6 +151,7 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations:
     loss_before, _ = unit.outcome(before)  # its outputs are not kept while learning
     after, curve, undecided = learn(before)
     loss_after, outputs = unit.outcome(after)
+    loss_before, loss_after = unit.processes.first((loss_before, loss_after))
     is_better = loss_after < loss_before
     if not is_better:
         del outputs

@@ -15,6 +15,7 @@ from .config import Config
 from .grids import biases_of, retied, with_biases
 from .partition import Block
 from .placement import Placement
+from .processes import ALONE, Processes
 from .progress import Progress
 from .quant_table import QuantTable
 from .reconstruction import reconstruct_unit
@@ -33,6 +34,7 @@ def reconstruct(
     config: Config,
     progress: Progress = lambda *_: None,
     run: RunFolder | None = None,
+    processes: Processes = ALONE,
 ) -> tuple[QuantTable, tuple[UnitResult, ...]]:
     """Reconstruct the units in order: each reads the quantized outputs of those before it and aims at its own float output.
 
@@ -41,7 +43,7 @@ def reconstruct(
     source = units.source
     floats, quantized = units.stream(samples.inputs), units.stream(samples.inputs, table)
     total, learnt = len(_learning(units.pieces, table)), set[str]()
-    saved = _finished(run, total)
+    saved = processes.first(_finished(run, total))
     results: list[UnitResult] = []
     for position, piece in enumerate(units.pieces):
         if len(results) == total:
@@ -76,6 +78,7 @@ def reconstruct(
                 settings=config.settings(has_depthwise(source, piece.block)),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),
+                processes=processes,
             )
             result, outputs = learner(config)(unit)
             table = table.updated(result.changes)

@@ -38,8 +38,8 @@ def check_drop(checked: "ValidationReport", limit: float | None) -> None:
 
 
 @contextmanager
-def reported(verbose: bool) -> Iterator[None]:
-    """Turn the project's errors into one line and their exit code."""
+def reported(verbose: bool, who: str = "") -> Iterator[None]:
+    """Turn the project's errors into one line, after `who` says it, and their exit code."""
     try:
         yield
     except MrecgError as error:
@@ -47,11 +47,11 @@ def reported(verbose: bool) -> Iterator[None]:
             import traceback
 
             traceback.print_exception(error)
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"{who}error: {error}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt as interruption:
         terminated = isinstance(interruption, _Terminated)
-        click.echo(f"{'terminated' if terminated else 'interrupted'}{interruption or '; nothing was written'}", err=True)
+        click.echo(f"{who}{'terminated' if terminated else 'interrupted'}{interruption or '; nothing was written'}", err=True)
         sys.exit(143 if terminated else 130)
 
 

@@ -1,6 +1,7 @@
 """`mrecg-onnx quantize`: check, learn, write, validate, report."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.markup import escape
 from .. import __version__
 from ..config import Config, DataConfig, dump_config, load_config, parse_precision, split
 from ..errors import UsageError
+from ..processes import Processes
 from .endings import check_drop, check_parity, interruptible, reported
 from .files import calibration_at, check_loads, check_output, samples_at, save_text
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
@@ -80,7 +82,8 @@ def quantize(
     \b
     mrecg-onnx quantize model.onnx --calibration-data calib.npz --eval-data eval.npz
     """
-    with reported(verbose):
+    processes = Processes.of(os.environ)
+    with reported(verbose, "" if processes.is_first else f"process {processes.rank}: "):
         values = load_config(config_file) if config_file is not None else {}
         config, data = split(values | (parse_precision(precision) if precision else {}) | given(options))
         output = output or model.with_name(f"{model.stem}.{config.label}.onnx")
@@ -88,7 +91,7 @@ def quantize(
         check_output(model, output, overwrite or resume)
         if encodings is not None:
             check_output(model, encodings, overwrite or resume, "--encodings")
-        if save_config is not None:
+        if save_config is not None and processes.is_first:
             save_text(save_config, dump_config(config, data))
         if data.calibration_data is None:
             raise UsageError(
@@ -96,8 +99,12 @@ def quantize(
             )
         folder = report or output.with_name(f"{output.name.removesuffix('.onnx')}.report")
         mode = _Mode(overwrite, resume, keep_run, dry_run, sensitivity, encodings)
+        if not processes.is_first:
+            if not dry_run:
+                _assist(model, config, data, processes)
+            return
         with interruptible(run_path):
-            _quantize(model, output, folder, run_path, config, data, mode, Shown(as_json, verbose, quiet))
+            _quantize(model, output, folder, run_path, config, data, mode, Shown(as_json, verbose, quiet), processes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +119,32 @@ class _Mode:
     encodings: Path | None = None
 
 
+def _assist(model: Path, config: Config, data: DataConfig, processes: Processes) -> None:
+    """Learn along with the first process, which alone shows and writes anything."""
+    from .. import pipeline
+    from ..cpu import keep_freed_memory
+    from ..device import pick_device
+    from ..source import load_source
+
+    if config.memory is None:
+        keep_freed_memory()
+    source = load_source(model)
+    assert data.calibration_data is not None
+    calibration = calibration_at(data.calibration_data, source, config, data, config.calibration_samples, Shown(quiet=True).log)
+    with processes.joined(pick_device(config.device)):
+        pipeline.quantize(source, calibration, config, processes=processes)
+
+
 def _quantize(
-    model: Path, output: Path, report_folder: Path, run_path: Path, config: Config, data: DataConfig, mode: _Mode, shown: Shown
+    model: Path,
+    output: Path,
+    report_folder: Path,
+    run_path: Path,
+    config: Config,
+    data: DataConfig,
+    mode: _Mode,
+    shown: Shown,
+    processes: Processes,
 ) -> None:
     started = time.perf_counter()
     import torch
@@ -147,13 +178,15 @@ def _quantize(
         _show_plan(source, found.rows, config, memory, shown)
         return
     environment = report.environment(str(device))
-    machine = f"{environment['gpu'] or environment['processor']}, {torch.get_num_threads()} threads"
+    machine = f"{environment['gpu'] or environment['processor']}, {torch.get_num_threads()} threads" + (
+        f", {processes.count} processes" if processes.count > 1 else ""
+    )
     fingerprint = run_folder.fingerprint(source, calibration, config, environment)
     run = _open_run(run_path, output, fingerprint, machine, mode, shown.log)
     if memory:
         shown.log.print(escape(memory))
-    with terminal.progress_on(shown.log) as progress:
-        quantized = pipeline.quantize(source, calibration, config, progress, run)
+    with terminal.progress_on(shown.log) as progress, processes.joined(device):
+        quantized = pipeline.quantize(source, calibration, config, progress, run, processes)
     exported = export_qdq(source.model, quantized.table, _metadata(source, config, data), config.scheme)
     check_loads(exported)
     run.begin_export()
