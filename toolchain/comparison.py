@@ -163,6 +163,7 @@ def row_of(checked: ValidationReport) -> dict[str, Any]:
         "top1_simulated": checked.top1_simulated,
         "lost": checked.lost,
         "won": checked.won,
+        "outcomes": checked.outcomes,
         "agreement": checked.agreement,
         "sqnr": min(checked.sqnr.values()),
         "simulation_agreement": simulation.agreement if simulation else None,
@@ -224,6 +225,7 @@ def _stored(place: Path) -> list[dict[str, Any]]:
         rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
         if not all("settings" in row for row in rows):
             raise KeyError("settings")
+        rows = [row for row in rows if "outcomes" in row]  # those of older versions lack what verdicts need: they are run again
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{place}: exists, but is not the result of a comparison; choose another --output") from None
     return rows

@@ -14,6 +14,7 @@ from .capacity import groups, oscillation
 from .comparison import Job, method
 from .config import Config
 from .intervals import paired_difference, pearson, spearman
+from .outcomes import differing
 
 CLAIMS = {
     "oscillation": "the loss oscillates along the network with AdaRound and BRECQ, and MRECG smooths it",
@@ -165,16 +166,8 @@ def _data(batches: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, A
 
 
 def _noise(first: Mapping[str, Any], last: Mapping[str, Any]) -> float:
-    """Half the 95 % interval of the difference of two runs, in points.
-
-    Which samples the two judge differently was not kept; they are at most those where either differs from the float model, which makes this
-    the widest that the interval can be. It knows nothing of the spread between seeds.
-    """
-    n = first["samples"]
-    differing = 0
-    for row in (first, last):
-        differing += row["lost"] + row["won"] if row["lost"] is not None else round((100 - row["agreement"]) / 100 * n)
-    low, high = paired_difference(min(differing, n) // 2, min(differing, n) - min(differing, n) // 2, n)
+    """Half the 95 % interval of the difference of two runs on the same samples, in points; it knows nothing of the spread between seeds."""
+    low, high = paired_difference(*differing(first["outcomes"], last["outcomes"], first["samples"]), first["samples"])
     return (high - low) / 2
 
 

@@ -13,6 +13,7 @@ import onnx
 from . import large, runtime
 from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
 from .kernels import KernelCheck, check_kernels
+from .outcomes import pack
 from .runtime import Optimization
 from .samples import Samples, check_labels
 
@@ -50,6 +51,7 @@ class ValidationReport:
     `simulation` compares the deployed file with the torch simulation and `unfused` with its own unoptimised execution, through the whole
     network; `integer_arithmetic` does so operator by operator, and `simulated_arithmetic` compares the file as it is written with the
     simulation on every value. `lost` counts the samples that only the float model gets right, `won` those that only the quantized one does.
+    `outcomes` keeps for each sample (see `outcomes`) whether the quantized model's class is the label, or the float model's without labels.
     """
 
     provider: str
@@ -72,6 +74,7 @@ class ValidationReport:
     latency: Latency
     kernels: Mapping[str, int]
     float_operators: tuple[FloatOperator, ...] = ()
+    outcomes: str | None = None
 
     @property
     def drop(self) -> float | None:
@@ -133,6 +136,8 @@ def validate(
         return top_k(outputs[head], scored, k)
 
     right = [outputs[head].argmax(1) == scored for outputs in (reference, outputs)] if scored is not None and head is not None else None
+    same = reference[head].argmax(1) == outputs[head].argmax(1) if head is not None else None
+    counted = right[1] if right is not None else same
     executed = runtime.optimized(quantized, provider)
     return ValidationReport(
         provider=provider,
@@ -155,6 +160,7 @@ def validate(
         latency=_latency(float_session, deployed, samples),
         kernels=dict(sorted(Counter(node.op_type for node in executed.node).items())),
         float_operators=float_operators(executed),
+        outcomes=pack(counted) if counted is not None else None,
     )
 
 
