@@ -1,6 +1,7 @@
 """Selectors against the published groupings, brute force, and their laws."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,19 @@ RELEASED_MERGES = {2, 5, 8, 9, 11, 12, 15}
 PUBLISHED_MODCAP_MERGES = {2, 5, 9, 12, 15}
 INNER = frozenset(range(1, 16))  # neither the stem's boundary nor the head's
 
+
+def boundaries(merges: tuple[capacity.Merge, ...]) -> frozenset[int]:
+    return frozenset(merge.boundary for merge in merges)
+
+
 losses = st.lists(st.floats(0, 100, allow_nan=False), min_size=3, max_size=12)
 
 
 def test_published_loss_curve_gives_the_released_grouping() -> None:
-    assert capacity.signed_drop(PUBLISHED_LOSS, INNER) == RELEASED_MERGES
-    assert capacity.signed_drop(PUBLISHED_LOSS, INNER, k=7) == RELEASED_MERGES
+    assert boundaries(capacity.signed_drop(PUBLISHED_LOSS, INNER)) == RELEASED_MERGES
+    assert boundaries(capacity.signed_drop(PUBLISHED_LOSS, INNER, k=7)) == RELEASED_MERGES
+    largest = capacity.signed_drop(PUBLISHED_LOSS, INNER)[0]
+    assert largest == (12, 13)  # 14.55 to 6.8
 
 
 def test_one_pass_over_the_drops_is_the_modcap_grouping() -> None:
@@ -44,6 +52,40 @@ def test_modcap_gives_the_published_grouping(width: float, alpha: float, tmp_pat
     rows = block_rows(source, types, partition(source.graph, Rules(types.batched, types.shared)), config)
     assert make_plan(source, rows, config).merged == PUBLISHED_MODCAP_MERGES
     assert make_plan(source, rows, Config(units="transitions")).merged == PUBLISHED_MODCAP_MERGES
+
+
+def test_each_boundary_says_why_it_is_merged_or_left(tmp_path: Path) -> None:
+    source = zoo.loaded(zoo.mobilenet_v2(0.5), tmp_path)
+    types = infer_types(source, {"x": (3, 32, 32)})
+    rows = block_rows(source, types, partition(source.graph, Rules(types.batched, types.shared)), Config())
+    rows = [replace(row, loss=loss) for row, loss in zip(rows, [*PUBLISHED_LOSS, 1.0], strict=True)]
+    plan = make_plan(source, rows, Config())
+    assert plan.merged == RELEASED_MERGES
+    assert plan.reasons[12] == "falls by 53% from b12 to b13"  # 14.55 to 6.8
+    assert plan.reasons[11] == "falls by 32% from b11 to b13"  # b12 had been joined to b13 before: 10.0 to 6.8
+    assert plan.reasons[13] == "rises by 60% from b13 to b14; would be 4 blocks, of 3 at most"
+    assert plan.reasons[16] == "falls by 91% from b16 to b17; next to the stem or the head, or without weights"
+    modcap = make_plan(source, rows, Config(units="modcap"))
+    assert modcap.reasons[15] == "gap 1 of 15 by size"
+    assert set(make_plan(source, rows, Config(units="none")).reasons) == {""}
+    opens = make_plan(source, rows, Config(units="transitions")).reasons
+    assert (opens[2], opens[3]) == ("b03 opens a stage", "no stage opens")
+
+
+def test_what_else_a_block_reads_opens_no_stage(tmp_path: Path) -> None:
+    """Attention reads a mask beside its input; its output has the shape of the input all the same."""
+    b = zoo.Builder({"x": ["N", 4, 6], "mask": ["N", 4, 1]})
+    y = b.op("MatMul", "x", b.weight("w0", (6, 6), 6))
+    y = b.op("Add", "x", b.op("Mul", y, "mask"))
+    z = b.op("Add", y, b.op("Mul", b.op("MatMul", y, b.weight("w1", (6, 6), 6)), "mask"))
+    b.op("MatMul", z, b.weight("w2", (6, 3), 6), name="out")
+    source = zoo.loaded(b.model("out"), tmp_path)
+    types = infer_types(source, {"x": (4, 6), "mask": (4, 1)})
+    rows = block_rows(source, types, partition(source.graph, Rules(types.batched, types.shared)), Config())
+    reading = [row for row in rows if "mask" in row.block.inputs]
+    assert reading
+    assert not any(row.traits.is_transition for row in reading)
+    assert rows[-1].traits.is_transition
 
 
 def brute_force(d: list[float], k: int, penalty: float, sign: int) -> list[tuple[int, ...]]:
@@ -72,14 +114,14 @@ def test_equation_4_as_printed_would_merge_the_smallest_gaps() -> None:
 @given(losses, st.integers(1, 4))
 def test_signed_drop_keeps_to_its_limits(values: list[float], max_group: int) -> None:
     allowed = frozenset(range(1, len(values) - 2))
-    merged = capacity.signed_drop(values, allowed, max_group=max_group)
+    merged = boundaries(capacity.signed_drop(values, allowed, max_group=max_group))
     assert merged <= allowed
     assert all(len(run) <= max_group for run in capacity.groups(len(values), merged))
 
 
 @given(losses)
 def test_signed_drop_without_limits_leaves_a_rising_loss(values: list[float]) -> None:
-    merged = capacity.signed_drop(values, frozenset(range(len(values) - 1)), tol=0.0, max_group=len(values))
+    merged = boundaries(capacity.signed_drop(values, frozenset(range(len(values) - 1)), tol=0.0, max_group=len(values)))
     ends = [values[run[-1]] for run in capacity.groups(len(values), merged)]
     assert capacity.oscillation(ends) == 0.0
 

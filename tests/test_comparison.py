@@ -8,12 +8,16 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests import zoo
 from toolchain import comparison, study
 from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.errors import UsageError
+from toolchain.intervals import paired_difference
+from toolchain.outcomes import differing, pack, unpack
 
 
 @pytest.fixture
@@ -45,12 +49,18 @@ def test_compare_runs_each_row_once(place: Path, monkeypatch: pytest.MonkeyPatch
     assert "±" in result.output
     page = (place / "out.html").read_text(encoding="utf-8")
     assert "mrecg:modcap+qdrop" in page
+    (place / "out.html").unlink()
+    redrawn = CliRunner().invoke(main, ["report", str(place / "out.json")])
+    assert redrawn.exit_code == 0, redrawn.output
+    assert (place / "out.html").read_text(encoding="utf-8") == page  # from the results file alone
+    assert CliRunner().invoke(main, ["report", str(place / "out.json"), "--overlay", str(place / "out.json")]).exit_code == 2
     made: list[Config] = []
     original = comparison.measured
     monkeypatch.setattr(comparison, "measured", lambda *a: made.append(a[3]) or original(*a))
     again = invoke("compare", place, "--methods", "minmax,mse", "--seeds", "1", "--json", "-q")
     assert [config.algorithm for config in made] == ["minmax"]  # what the file has is not run again
     assert [line["method"] for line in json.loads(again.stdout)["summary"]] == ["minmax", "mse"]
+    assert json.loads(again.stdout)["summary"] == json.loads((place / "out.json").read_text())["comparison"]["lines"]
     invoke("compare", place, "--methods", "mse", "--seeds", "1", "--weight-range", "minmax")
     assert made[-1].weight_range == "minmax"  # other settings, another row
 
@@ -61,7 +71,7 @@ def test_compare_runs_each_row_once(place: Path, monkeypatch: pytest.MonkeyPatch
         (["--methods", "magic"], "method 'magic'"),
         (["--methods", "mrecg:manual+qdrop"], "method 'mrecg:manual+qdrop'"),
         (["--seeds", "a"], "expected integers"),
-        (["--algorithm", "mse"], "--algorithm: is what the runs differ in"),
+        (["--algorithm", "mse"], "--algorithm: is not one setting for all runs"),
         (["--precisions", "four"], "expected w<bits>a<bits>"),
     ],
 )
@@ -82,13 +92,31 @@ def test_a_file_of_something_else_is_not_overwritten(place: Path) -> None:
 
 def test_mean_and_spread() -> None:
     rows = [
-        {"precision": "w4a4", "label": "m", "top1": t, "agreement": None, "sqnr": 10.0, "units_after": 1.0, "seconds": 2.0, "units": ["a"],
-         "top1_float": 90.0}
-        for t in (80.0, 82.0, 84.0)
+        {"precision": "w4a4", "label": label, "top1": t, "agreement": None, "sqnr": 10.0, "units_after": 1.0, "seconds": 2.0,
+         "units": ["a"], "top1_float": 90.0, "samples": 1000, "outcomes": outcomes(t)}
+        for label, accuracies in (("m", (80.0, 82.0, 84.0)), ("n", (81.0, 81.0, 81.0)))
+        for t in accuracies
     ]  # fmt: skip
-    (line,) = comparison.summary(rows)
-    assert (line["top1"], line["top1_spread"], line["seeds"]) == (82.0, 2.0, 3)
-    assert (line["agreement"], line["sqnr_spread"]) == (None, 0.0)
+    best, other = comparison.summary(rows)
+    assert (best["top1"], best["top1_spread"], best["seeds"]) == (82.0, 2.0, 3)
+    assert (best["agreement"], best["sqnr_spread"]) == (None, 0.0)
+    assert (best["behind"], best["behind_margin"]) == (0.0, 0.0)
+    assert other["behind"] == pytest.approx(1.0)  # -1, 1 and 3 points
+    # Seed by seed 0, 10 and 30 samples only the first gets right and 10, 0 and 0 only the second: 13 and 3 on average.
+    low, high = paired_difference(13, 3, 1000)
+    assert other["behind_margin"] == pytest.approx((high - low) / 2)
+
+
+def outcomes(top1: float, samples: int = 1000) -> str:
+    """Of a model that gets the first ones right."""
+    return pack(np.arange(samples) < top1 / 100 * samples)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_outcomes_survive_packing(right: list[bool]) -> None:
+    text = pack(np.array(right))
+    assert unpack(text, len(right)).tolist() == right
+    assert differing(text, pack(~np.array(right)), len(right)) == (sum(right), len(right) - sum(right))
 
 
 def test_random_schemes_are_distinct_and_allowed() -> None:
@@ -109,9 +137,9 @@ def row(label: str, losses: list[float], group: str = "oscillation", **more: Any
         "label": label, "group": group, "units": names, "learned_units": names, "unit_losses": [[x + 1, x] for x in losses],
         "blocks": names,
         "block_layers": [[[4, 4]]] * len(losses), "block_opens": [False] * len(losses), "top1": 80.0, "agreement": 90.0, "samples": 1000,
-        "lost": 20, "won": 10,
     }  # fmt: skip
-    return facts | more
+    facts |= more
+    return facts | {"outcomes": outcomes(facts["top1"])}
 
 
 def test_verdicts_follow_the_numbers() -> None:
@@ -155,7 +183,10 @@ def test_study_from_the_command_line(place: Path) -> None:
     facts = json.loads(result.stdout)
     assert list(facts["findings"]) == list(study.CLAIMS)
     assert all(finding["verdict"].endswith(".") for finding in facts["findings"].values())
-    page = (place / "out.html").read_text(encoding="utf-8")
+    compared = invoke("compare", place, "--methods", "mse", "--precisions", "w3a4", "--seeds", "0")
+    assert compared.exit_code == 0, compared.output
+    page = (place / "out.html").read_text(encoding="utf-8")  # of both, since both are in the file
+    assert "Methods at W3A4" in page
     assert all(finding["verdict"].split(":")[0][:20].replace("&", "&amp;") in page for finding in facts["findings"].values())
     assert invoke("study", place, "--claims", "magic").exit_code == 2
     assert invoke("study", place, "--units", "none").exit_code == 2

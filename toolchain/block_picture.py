@@ -5,7 +5,7 @@ from collections import Counter
 from html import escape
 from typing import Any
 
-from .wording import kind
+from .wording import kind, magnitude
 
 _WIDTH, _ROW, _BOX = 340, 46, 34
 _LEFT, _TEXT = 34, 44
@@ -52,7 +52,7 @@ def block_picture(plan: dict[str, Any], standalone: bool = False) -> str:
 def _row(block: dict[str, Any], y: int, share: float, unit: str) -> str:
     stroke = "var(--orange)" if block["opens_stage"] and block["layers"] else "var(--line)"
     dashes = "" if block["layers"] and not block["is_island"] else ' stroke-dasharray="3 3"'
-    capacity = f"{block['capacity']:.3g}"
+    capacity = magnitude(block["capacity"])
     details = (
         f"{block['name']}: {kind(block)}, {block['weights']:,} weights, capacity {block['capacity']:.4g}, unit {unit}; {block['last_node']}"
     )

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,9 +45,16 @@ def oscillation(losses: Sequence[float]) -> float:
     return float(np.maximum(-np.diff(np.asarray(losses, dtype=np.float64)), 0.0).sum())
 
 
+class Merge(NamedTuple):
+    """One step of `signed_drop`: the boundary it merges away, and the last block of the group behind it, down to which the loss drops."""
+
+    boundary: int
+    end: int
+
+
 def signed_drop(
     losses: Sequence[float], allowed: AbstractSet[int], *, k: int | None = None, tol: float = 0.05, max_group: int = 3
-) -> frozenset[int]:
+) -> tuple[Merge, ...]:
     """Merge where the loss drops, largest drop first, until it only rises (greedy isotonic regression).
 
     A group's value is the loss of its last block. Each round merges the neighbouring groups with the largest drop v[g] - v[g+1]; it stops
@@ -59,10 +67,13 @@ def signed_drop(
         k: number of merges; None leaves the number to `tol`.
         tol: smallest relative drop that counts; unused when k is given.
         max_group: most blocks in one group.
+
+    Returns:
+        The merges, in the order in which they were made.
     """
     groups = [[i] for i in range(len(losses))]
-    merged: set[int] = set()
-    while k is None or len(merged) < k:
+    merges: list[Merge] = []
+    while k is None or len(merges) < k:
         drops = [
             (losses[a[-1]] - losses[b[-1]], g)
             for g, (a, b) in enumerate(itertools.pairwise(groups))
@@ -71,9 +82,9 @@ def signed_drop(
         drop, g = max(drops, default=(0.0, 0), key=lambda pair: (pair[0], -pair[1]))
         if drop <= 0 or (k is None and drop < tol * losses[groups[g][-1]]):
             break
-        merged.add(groups[g][-1])
+        merges.append(Merge(groups[g][-1], groups[g + 1][-1]))
         groups[g : g + 2] = [groups[g] + groups[g + 1]]
-    return frozenset(merged)
+    return tuple(merges)
 
 
 def topk(differences: Sequence[float], allowed: AbstractSet[int], *, k: int, penalty: float, max_group: int = 3) -> frozenset[int]:

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from . import report
-from .config import ALGORITHMS, UNITS, Config, DataConfig, parse_precision, resolved
+from .config import ALGORITHMS, PRESETS, UNITS, Config, DataConfig, parse_precision, resolved
 from .device import pick_device
 from .errors import UsageError
+from .intervals import paired_difference
+from .outcomes import differing
 from .pipeline import quantize
 from .progress import Progress
 from .quant_table import QuantTable
@@ -93,10 +95,10 @@ def run_jobs(
     Raises:
         UsageError: the file is something else, or cannot be written.
     """
-    stored = _stored(place)
+    stored = load_results(place) if place.exists() else {"rows": []}
     environment = report.environment(str(pick_device(todo[0].config.device)))
     common = {"sha256": source.sha256, "calibration": _digest(calibration), "evaluation": _digest(evaluation)}
-    rows = {_key(row): row for row in stored}
+    rows = {_key(row): row for row in stored["rows"] if "outcomes" in row}  # older ones lack what verdicts need: they are run again
     keys = []
     for index, job in enumerate(todo):
         head = {**common, "settings": report.finite(_settings(job.config)), "version": environment["versions"].get("mrecg-onnx")}
@@ -111,8 +113,8 @@ def run_jobs(
 
         row = head | measured(source, calibration, evaluation, job.config, export, shown) | {"note": calibration.note}
         rows[keys[-1][0]] = report.finite(row)
-        facts = {"model": str(source.path), "environment": environment, "rows": list(rows.values())}
-        report.write_text(place, report.as_json(facts))
+        stored |= {"model": str(source.path), "environment": environment, "rows": list(rows.values())}
+        report.write_text(place, report.as_json(stored))
         note(rows[keys[-1][0]] | {"label": job.label})
     chosen = [rows[key] | {"label": job.label, "group": job.group} for key, job in keys]
     return {"model": str(source.path), "environment": environment, "rows": chosen}
@@ -174,8 +176,43 @@ def row_of(checked: ValidationReport) -> dict[str, Any]:
     }
 
 
+def load_results(place: Path) -> dict[str, Any]:
+    """The facts of a results file: its rows, and what `compare` (`comparison`) and `study` (`study`) said of them.
+
+    Raises:
+        UsageError: it is something else, or cannot be read.
+    """
+    try:
+        facts = json.loads(place.read_text(encoding="utf-8"))
+        if not all("settings" in row for row in facts["rows"]):
+            raise KeyError("settings")
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{place}: exists, but is not the result of a comparison; choose another --output") from None
+    return facts
+
+
+def concluded(place: Path, **said: Any) -> dict[str, Any]:
+    """Add what was concluded to a results file, so that its page can be drawn again from it alone; returns all its facts."""
+    facts = load_results(place) | report.finite(said)
+    report.write_text(place, report.as_json(facts))
+    return facts
+
+
+def common_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the rows of one experiment share."""
+    first = rows[0]
+    shared = {key: first[key] for key in ("top1_float", "samples", "calibration_samples", "provider")}
+    notes = [note for note in dict.fromkeys(row.get("note") for row in rows) if note]
+    iterations = first["settings"].get("iterations", PRESETS[first["settings"]["preset"]])
+    return shared | {"runs": len(rows), "iterations": iterations, "batch_size": first["settings"]["batch-size"], "notes": notes}
+
+
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation over the seeds, by precision and method, in the order they were asked for."""
+    """Mean and sample standard deviation over the seeds, by precision and method, in the order they were asked for.
+
+    `behind` is how many points of top-1 (of agreement without labels) a method is behind the best one of its precision, and `behind_margin`
+    half the 95 % interval of that, from the samples that the two judge differently seed by seed; more seeds do not narrow it.
+    """
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["precision"], row["label"]), []).append(row)
@@ -187,7 +224,24 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         line["top1_float"] = members[0]["top1_float"]
         line["unit_count"] = _mean_and_spread([len(m["units"]) for m in members])[0]
         result.append(line)
+    for line in result:
+        rivals = [other for other in result if other["precision"] == line["precision"]]
+        line["behind"], line["behind_margin"] = None, None
+        measure = next((key for key in ("top1", "agreement") if all(other[key] is not None for other in rivals)), None)
+        if measure is not None:
+            best = max(rivals, key=lambda other: other[measure])
+            pair = [groups[(other["precision"], other["method"])] for other in (best, line)]
+            line["behind"], line["behind_margin"] = _behind(*pair)
     return result
+
+
+def _behind(best: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Points between two methods over the same seeds, and half the interval of one seed's difference."""
+    n = rows[0]["samples"]
+    counts = [differing(a["outcomes"], b["outcomes"], n) for a, b in zip(best, rows, strict=True)]
+    lost, won = (round(float(np.mean(side))) for side in zip(*counts, strict=True))
+    low, high = paired_difference(lost, won, n)
+    return float(np.mean([100 * (a - b) / n for a, b in counts])), (high - low) / 2 if best is not rows else 0.0
 
 
 def _mean_and_spread(values: Sequence[float | None]) -> tuple[float | None, float | None]:
@@ -216,19 +270,6 @@ def _digest(samples: Samples) -> str:
     if samples.labels is not None:
         state.update(np.ascontiguousarray(samples.labels).tobytes())
     return state.hexdigest()[:16]
-
-
-def _stored(place: Path) -> list[dict[str, Any]]:
-    if not place.exists():
-        return []
-    try:
-        rows = json.loads(place.read_text(encoding="utf-8"))["rows"]
-        if not all("settings" in row for row in rows):
-            raise KeyError("settings")
-        rows = [row for row in rows if "outcomes" in row]  # those of older versions lack what verdicts need: they are run again
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{place}: exists, but is not the result of a comparison; choose another --output") from None
-    return rows
 
 
 def _processor_seconds() -> float:

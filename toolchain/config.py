@@ -255,6 +255,16 @@ class Config:
         return self.algorithm in (*LAYERWISE, "brecq", "qdrop")
 
     @property
+    def unit_selector(self) -> str:
+        """How merges are chosen, with `auto` filled in."""
+        return self.selector if self.selector != "auto" else ("topk" if self.units == "modcap" else "signed-drop")
+
+    @property
+    def most_blocks(self) -> int:
+        """Most blocks in one unit; the published ModCap grouping has pairs only."""
+        return 2 if self.units == "modcap" and self.unit_selector == "topk" else self.max_group
+
+    @property
     def memory(self) -> int | None:
         """The memory budget in bytes."""
         if self.memory_budget is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 from . import plot
 from .plot import BLUE, GREEN, INK, LINE, MUTED, ORANGE, RED
@@ -61,6 +62,7 @@ def capacities(report: dict[str, Any]) -> str:
         axes.bar(range(len(blocks)), [block["capacity"] for block in blocks], color=colors, width=0.6)
         axes.set_ylabel("ModCap")
         _scale(axes, [block["capacity"] for block in blocks if block["capacity"] > 0])
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
         plot.name_ticks(axes, [block["name"] for block in blocks])
         handles = [Line2D([], [], color=color, linewidth=6) for color in (BLUE, ORANGE)]
         _legend(axes, handles, ["block", "block that opens a stage"], 2)

@@ -1,13 +1,14 @@
 """The report as one self-contained page: a pure function of the facts in report.json, with no script and nothing from the network."""
 
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable
 from html import escape
-from importlib import resources
 from typing import Any
 
 from . import figures
-from .block_picture import STYLE, block_picture
-from .wording import coverage_line, decibel, duration, faster, island_lines, kind, size, smaller, worst_sqnr
+from .block_picture import block_picture
+from .document import details, document, multiples, section, table
+from .wording import coverage_line, decibel, duration, faster, island_lines, kind, magnitude, size, smaller, worst_sqnr
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
 _CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
@@ -51,7 +52,7 @@ def inspect_page(facts: dict[str, Any]) -> str:
             kind(block),
             str(len(block["layers"])),
             f"{block['weights']:,}",
-            f"{block['capacity']:.3g}",
+            magnitude(block["capacity"]),
             block["last_node"],
         )
         for block in blocks
@@ -66,84 +67,6 @@ def inspect_page(facts: dict[str, Any]) -> str:
         f"<h1>{escape(name)}</h1><p class=muted>{text}</p>",
         [_capacities(facts), _blocks(facts), section("Table", "", islands, table(columns, rows))],
     )
-
-
-def comparison_page(facts: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    """The page of `compare`."""
-    title = f"{facts['model'].rsplit('/', 1)[-1]}: methods compared"
-    first, environment = facts["rows"][0], facts["environment"]
-    known = "not known" if first["top1_float"] is None else f"{first['top1_float']:.2f} %"
-    text = (
-        f"{first['samples']:,} evaluation samples, {first['calibration_samples']:,} calibration samples, float top-1 "
-        f"{known}; {environment['gpu'] or environment['processor']}. "
-        "Dots are means over seeds, bars one standard deviation; without bars there was one seed."
-    )
-    text += "".join(f" Calibration: {note}." for note in dict.fromkeys(row.get("note") for row in facts["rows"]) if note)
-    sections = []
-    for precision in dict.fromkeys(line["precision"] for line in lines):
-        own = [line for line in lines if line["precision"] == precision]
-        keys = [key for key in ("top1", "agreement", "sqnr") if any(line[key] is not None for line in own)]
-        rows = [(line["method"], str(line["seeds"]), *(_mean(line, key) for key in ("top1", "agreement", "sqnr", "units_after")),
-                 f"{line['unit_count']:.0f}", f"{line['seconds']:.0f}") for line in own]  # fmt: skip
-        columns = ("method", "seeds>", "top-1 %>", "agreement %>", "SQNR dB>", "oscillation>", "units>", "seconds>")
-        parts = [figures.comparison(lines, precision, key) for key in keys[:2] or keys]
-        sections.append(section(precision.upper(), "", *parts, table(columns, rows)))
-    return document(title, f"<h1>{escape(title)}</h1><p class=muted>{escape(text)}</p>", sections)
-
-
-def study_page(facts: dict[str, Any]) -> str:
-    """The page of `study`: a section for each claim."""
-    title = f"{facts['model'].rsplit('/', 1)[-1]}: claims studied"
-    drawn: dict[str, Callable[[dict[str, Any]], str]] = {
-        "oscillation": lambda finding: figures.loss_lines(finding["lines"]),
-        "final-error": lambda finding: figures.scatter("final-error", finding),
-        "accuracy": lambda finding: figures.scatter("accuracy", finding),
-        "data": figures.data_series,
-        "theorem": lambda finding: figures.neighbours(finding) if finding["pairs"] else "",
-    }
-    words = {True: "holds", False: "does not hold", None: "undecided"}
-    classes = {True: "yes", False: "no", None: "unclear"}
-    sections = [
-        f'<section class="verdict {classes[finding["holds"]]}"><h2>{escape(finding["claim"][:1].upper() + finding["claim"][1:])}</h2>'
-        f"<p><b>{words[finding['holds']]}</b> {escape(finding['verdict'])}</p>{drawn[name](finding)}</section>"
-        for name, finding in facts["findings"].items()
-    ]
-    first = facts["rows"][0]
-    text = f"{len(facts['rows'])} runs at {first['precision'].upper()}, {first['settings'].get('iterations', 'preset')} iterations, "
-    text += f"{first['samples']:,} evaluation samples; {facts['environment']['gpu'] or facts['environment']['processor']}"
-    return document(title, f"<h1>{escape(title)}</h1><p class=muted>{escape(text)}</p>", sections)
-
-
-def _mean(line: dict[str, Any], key: str) -> str:
-    value, spread = line[key], line[f"{key}_spread"]
-    if value is None:
-        return ""
-    return f"{value:.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
-
-
-def document(title: str, head: str, sections: Sequence[str]) -> str:
-    """A page around sections."""
-    css = STYLE + resources.files("toolchain").joinpath("page.css").read_text(encoding="utf-8")
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body><main>\n{head}\n"
-        + "\n".join(sections)
-        + "\n</main></body></html>\n"
-    )
-
-
-def section(title: str, text: str, *parts: str) -> str:
-    """A titled section; `text` is a sentence on what is shown."""
-    return f"<section><h2>{escape(title)}</h2><p class=muted>{text}</p>{''.join(parts)}</section>"
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts; columns whose name ends in > hold numbers."""
-    classes = [" class=number" if column.endswith(">") else "" for column in columns]
-    head = "".join(f"<th{c}>{escape(column.removesuffix('>'))}</th>" for column, c in zip(columns, classes, strict=True))
-    body = "".join(f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def _precision(config: dict[str, Any]) -> str:
@@ -222,9 +145,9 @@ def _capacities(report: dict[str, Any]) -> str:
     merged = [row for row in report["plan"]["boundaries"] if row["merged"]]
     text = f"Parameters times bits of each block, scaled where a stage opens. Units: {escape(report['plan']['why'])}."
     rows = [_boundary(row) for row in report["plan"]["boundaries"]]
-    columns = ("neighbours", "capacity gap>", "loss drop>", "")
+    columns = ("neighbours", "capacity gap>", "loss drop>", "joined", "why")
     chosen = table(columns, [_boundary(row) for row in merged]) if merged else "<p>No blocks are joined.</p>"
-    return section("Capacity and units", text, figures.capacities(report), chosen, _details("all boundaries", table(columns, rows)))
+    return section("Capacity and units", text, figures.capacities(report), chosen, details("all boundaries", table(columns, rows)))
 
 
 def _boundary(row: dict[str, Any]) -> tuple[str, ...]:
@@ -233,7 +156,8 @@ def _boundary(row: dict[str, Any]) -> tuple[str, ...]:
         " | ".join(row["blocks"]),
         f"{row['capacity_gap']:.3g}",
         f"{drop:+.4g}" if drop is not None else "",
-        "joined" if row["merged"] else "",
+        "yes" if row["merged"] else "",
+        row["reason"],
     )
 
 
@@ -255,7 +179,7 @@ def _curves(units: list[dict[str, Any]]) -> str:
     text = "Over the iterations, each as a share of its largest value; the loss is that of a mini-batch."
     if any(unit["undecided"] is not None for unit in drawn):
         text += " Decided: weights whose rounding is all but made."
-    return section("How each unit was learned", text, _multiples(keys, pictures))
+    return section("How each unit was learned", text, multiples(keys, pictures))
 
 
 def _sensitivity(found: dict[str, Any]) -> str:
@@ -274,7 +198,7 @@ def _sensitivity(found: dict[str, Any]) -> str:
     ]
     columns = ("layer", "bits W/A>", "only it quantized>", "only it float>")
     return section(
-        "Sensitivity of the layers", text, figures.sensitivities(found), _details(f"all {len(rows)} layers", table(columns, rows))
+        "Sensitivity of the layers", text, figures.sensitivities(found), details(f"all {len(rows)} layers", table(columns, rows))
     )
 
 
@@ -293,7 +217,7 @@ def _fits(values: list[dict[str, Any]]) -> str:
         "The weights and activations with the most rounding noise of their own, counts on a logarithmic axis. Weights are in steps of "
         "their channel's grid; activations in their own unit, as the float model makes them."
     )
-    return section("Values that their grid fits worst", text, _multiples(_FIT_KEYS, pictures))
+    return section("Values that their grid fits worst", text, multiples(_FIT_KEYS, pictures))
 
 
 def _float_nodes(report: dict[str, Any]) -> str:
@@ -311,14 +235,15 @@ def _units(units: list[dict[str, Any]]) -> str:
             unit["unit"],
             f"{unit['loss_before']:.4g}",
             f"{unit['loss_after']:.4g}",
-            unit["kept"],
+            f"{100 * (unit['loss_after'] / unit['loss_before'] - 1):+.0f} %" if unit["loss_before"] else "",
             f"{100 * unit['flipped']:.1f} %",
             "" if unit["undecided"] is None else f"{100 * unit['undecided']:.1f} %",
             f"{unit['seconds']:.1f}",
+            "learned" if unit["reason"] is None else f"calibrated: {unit['reason']}",
         )
         for unit in units
     ]
-    columns = ("unit", "loss before>", "after>", "kept", "flipped>", "undecided>", "seconds>")
+    columns = ("unit", "loss before>", "after>", "change>", "flipped>", "undecided>", "seconds>", "kept")
     text = (
         "Hard-quantized losses over all calibration samples; the better of the two is kept. Flipped: weights rounded to the other side "
         "than the nearest. Undecided: weights whose soft rounding was still open at the end; many of them ask for more iterations."
@@ -351,24 +276,26 @@ def _run(report: dict[str, Any]) -> str:
             "versions",
             ", ".join(f"{name} {version}" for name, version in environment["versions"].items()) + f", Python {environment['python']}",
         ),
-        ("seconds", ", ".join(f"{stage} {value:.1f}" for stage, value in report["seconds"].items() if value is not None)),
+        ("time", _stages(report)),
         ("memory", size(memory) + " at most" if memory is not None else "not measured on this system"),
     ]
-    options = ", ".join(f"--{key} {value}" for key, value in report["config"].items() if value not in ([], None))
+    options = " ".join(written for key, value in report["config"].items() for written in _option(key, value))
     items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts)
     return section("The run", "", f"<dl>{items}<dt>options</dt><dd><code>{escape(options)}</code></dd></dl>")
 
 
-def _details(title: str, body: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{body}</details>"
+def _stages(report: dict[str, Any]) -> str:
+    """Seconds by stage, and what the papers' number of iterations would take."""
+    seconds = dict(report["seconds"])
+    best = seconds.pop("best_preset_estimate")
+    text = ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
+    return text if best is None else f"{text}; --preset best would reconstruct for about {duration(best)} on this machine"
 
 
-def _keys(keys: Iterable[tuple[str, str]]) -> str:
-    items = [f'<span><i style="background:var({color})"></i>{escape(text)}</span>' for color, text in keys]
-    return f"<div class=keys>{''.join(items)}</div>"
-
-
-def _multiples(keys: Iterable[tuple[str, str]], pictures: Iterable[tuple[str, str, str]]) -> str:
-    """Small pictures side by side under one key: a title, what is said of it, and the drawing of each."""
-    items = "".join(f"<div class=multiple><h3>{escape(title)}</h3><small>{text}</small>{drawn}</div>" for title, text, drawn in pictures)
-    return f"{_keys(keys)}<div class=multiples>{items}</div>"
+def _option(key: str, value: Any) -> list[str]:
+    """A setting as it is written on the command line."""
+    if value is None or value == []:
+        return []
+    if isinstance(value, bool):
+        return [f"--{key}" if value else f"--no-{key}"]
+    return [f"--{key} {shlex.quote(str(item))}" for item in (value if isinstance(value, list) else [value])]

@@ -34,19 +34,26 @@ class BlockRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """The blocks, the boundaries between them that are merged away, the units that follow, and the reason in words."""
+    """The blocks, the boundaries between them that are merged away, the units that follow, and the reason in words.
+
+    `reasons` has for each boundary why it is merged or left.
+    """
 
     rows: tuple[BlockRow, ...]
     merged: frozenset[int]
     units: tuple[Block, ...]
     why: str
+    reasons: tuple[str, ...]
 
 
 def make_plan(source: SourceModel, rows: Sequence[BlockRow], config: Config) -> Plan:
     """Choose the merges that the configuration asks for."""
-    merged, why = _choose(rows, config)
+    merged, why, because = _choose(rows, config)
+    apart = [_kept_apart(rows, boundary, merged, config) for boundary in range(len(rows) - 1)]
+    reasons = ["; ".join(part for part in (because(boundary), limit) if part) for boundary, limit in enumerate(apart)]
     runs = capacity.groups(len(rows), merged)
-    return Plan(tuple(rows), merged, tuple(partition.merge(source.graph, [rows[i].block for i in run]) for run in runs), why)
+    units = tuple(partition.merge(source.graph, [rows[i].block for i in run]) for run in runs)
+    return Plan(tuple(rows), merged, units, why, tuple(reasons))
 
 
 def block_rows(source: SourceModel, types: ValueTypes, blocks: Sequence[Block], config: Config) -> tuple[BlockRow, ...]:
@@ -58,8 +65,8 @@ def block_rows(source: SourceModel, types: ValueTypes, blocks: Sequence[Block], 
             for node in block.nodes
             if node.name in block.weighted and (weight := source.graph.weight(node)) is not None
         )
-        shapes = [{types.shapes.get(name) for name in side} for side in (block.inputs, block.outputs)]
-        traits = BlockTraits(layers, is_transition=shapes[0] != shapes[1])
+        read, made = ({types.shapes.get(name) for name in side} for side in (block.inputs, block.outputs))
+        traits = BlockTraits(layers, is_transition=not made <= read)  # what else a block reads, such as a mask, opens no stage
         rows.append(BlockRow(block, traits, capacity.modcap(traits, config.capacity_alpha)))
     return tuple(rows)
 
@@ -91,37 +98,62 @@ def measured(
     return tuple(result)
 
 
-def _choose(rows: Sequence[BlockRow], config: Config) -> tuple[frozenset[int], str]:
+def _choose(rows: Sequence[BlockRow], config: Config) -> tuple[frozenset[int], str, Callable[[int], str]]:
+    """The merged boundaries, the rule in words, and what the rule goes by at each boundary."""
     traits = [row.traits for row in rows]
     allowed = capacity.mergeable(traits, cross_stage=config.cross_stage)
     if config.algorithm in LAYERWISE:
-        return frozenset(), f"none: {config.algorithm} works layer by layer"
+        return frozenset(), f"none: {config.algorithm} works layer by layer", lambda _: ""
     if config.units == "none" or not config.learns:
-        return frozenset(), "none: every block alone"
+        return frozenset(), "none: every block alone", lambda _: ""
     if config.units == "manual":
-        return _manual([row.block.name for row in rows], config.merge), "manual: as listed"
+        return _manual([row.block.name for row in rows], config.merge), "manual: as listed", lambda _: ""
     if config.units == "transitions":
         merged = capacity.transitions(traits, allowed, max_group=config.max_group)
-        return merged, "transitions: each block that opens a stage joins the one before it"
+        why = "transitions: each block that opens a stage joins the one before it"
+        return merged, why, lambda i: f"{rows[i + 1].block.name} opens a stage" if traits[i + 1].is_transition else "no stage opens"
     metric = {
         "modcap": [row.capacity for row in rows],
         "loss": [row.loss or 0.0 for row in rows],
         "loss-normalised": [row.loss / row.energy if row.loss and row.energy else 0.0 for row in rows],
     }[config.units]
-    selector = config.selector if config.selector != "auto" else ("topk" if config.units == "modcap" else "signed-drop")
-    if selector == "topk":
+    if config.unit_selector == "topk":
         k = config.merge_count if config.merge_count is not None else sum(traits[i + 1].is_transition for i in allowed)
         gaps = capacity.gaps(metric).tolist()
-        pairs_only = config.units == "modcap"  # the published ModCap grouping has no longer runs
-        merged = capacity.topk(gaps, allowed, k=k, penalty=config.merge_penalty, max_group=2 if pairs_only else config.max_group)
-        return merged, f"{config.units}: the largest gaps between neighbours, k = {k}" + (", in pairs" if pairs_only else "")
-    merged = capacity.signed_drop(metric, allowed, k=config.merge_count, tol=config.merge_tolerance, max_group=config.max_group)
+        merged = capacity.topk(gaps, allowed, k=k, penalty=config.merge_penalty, max_group=config.most_blocks)
+        rank = {boundary: place for place, boundary in enumerate(sorted(allowed, key=lambda i: (-gaps[i], i)), 1)}
+        why = f"{config.units}: the largest gaps between neighbours, k = {k}" + (", in pairs" if config.most_blocks == 2 else "")
+        return merged, why, lambda i: f"gap {rank[i]} of {len(rank)} by size" if i in rank else ""
+    merges = capacity.signed_drop(metric, allowed, k=config.merge_count, tol=config.merge_tolerance, max_group=config.most_blocks)
+    merged = frozenset(merge.boundary for merge in merges)
     stop = (
         f"{config.merge_count} merges"
         if config.merge_count is not None
         else f"the drops are below {config.merge_tolerance:.0%} of the loss"
     )
-    return merged, f"{config.units}: where it drops from one block to the next, largest drop first, until {stop}"
+    # At a boundary that is left, the group behind it ends where the plan's does; at a merged one, where it did when the two were joined.
+    ends = {run[0] - 1: run[-1] for run in capacity.groups(len(rows), merged)} | {merge.boundary: merge.end for merge in merges}
+
+    def change(boundary: int) -> str:
+        before, after = metric[boundary], metric[ends[boundary]]
+        word = "falls" if after < before else "rises"
+        share = f" by {abs(after / before - 1):.0%}" if before else ""
+        return f"{word}{share} from {rows[boundary].block.name} to {rows[ends[boundary]].block.name}"
+
+    return merged, f"{config.units}: where it drops from one block to the next, largest drop first, until {stop}", change
+
+
+def _kept_apart(rows: Sequence[BlockRow], boundary: int, merged: frozenset[int], config: Config) -> str:
+    """Why a boundary cannot be merged, whatever a metric says; empty where it can, or where nothing is to be joined."""
+    if boundary in merged or config.units in ("none", "manual") or config.algorithm in LAYERWISE or not config.learns:
+        return ""
+    traits = [row.traits for row in rows]
+    if boundary not in capacity.mergeable(traits, cross_stage=True):
+        return "next to the stem or the head, or without weights"
+    if boundary not in capacity.mergeable(traits, cross_stage=config.cross_stage):
+        return "a stage opens, and --no-cross-stage"
+    size = next(len(run) for run in capacity.groups(len(rows), merged | {boundary}) if boundary in run)
+    return f"would be {size} blocks, of {config.most_blocks} at most" if size > config.most_blocks else ""
 
 
 def _manual(names: Sequence[str], merges: Sequence[str]) -> frozenset[int]:

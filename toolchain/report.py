@@ -29,6 +29,7 @@ from .verdict import intervals, verdict
 
 _PACKAGES = ("mrecg-onnx", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "onnx2torch", "numpy", "matplotlib")
 _KEYS = ("model", "config", "blocks", "plan", "units", "oscillation", "worst_values", "sensitivity", "validation", "verdict", "seconds")
+FORMAT = 2  # of report.json; counted up where a page drawn from it would miss something
 _WORST = 6  # values whose histograms are kept, of each kind
 
 
@@ -46,6 +47,7 @@ def run_report(
     """All facts of a `quantize` run as JSON-ready data; times in seconds, accuracies in percent, ratios in dB, sizes in bytes."""
     return finite(
         {
+            "format": FORMAT,
             "model": {
                 "path": str(source.path),
                 "sha256": source.sha256,
@@ -90,6 +92,7 @@ def plan_report(plan: Plan) -> dict[str, Any]:
             "capacity_gap": float(gaps[i]),
             "loss_drop": _drop(before, after),
             "merged": i in plan.merged,
+            "reason": plan.reasons[i],
         }
         for i, (before, after) in enumerate(itertools.pairwise(plan.rows))
     ]
@@ -252,18 +255,34 @@ def load_report(path: Path) -> dict[str, Any]:
     """Read a report.json.
 
     Raises:
-        UsageError: it cannot be read, or is no report of a `quantize` run.
+        UsageError: it cannot be read, or is no report of a `quantize` run, or one of another version.
     """
+    report = _json(path)
+    missing = [key for key in _KEYS if not isinstance(report, dict) or key not in report]
+    if missing:
+        raise UsageError(f"{path}: has no {missing[0]!r}: not the report.json of a `quantize` run")
+    if report.get("format") != FORMAT:
+        raise UsageError(f"{path}: was written by another version of mrecg-onnx, whose page this one cannot draw")
+    return report
+
+
+def load_experiments(path: Path) -> dict[str, Any] | None:
+    """Read what `compare` and `study` have written; None where a file is of something else.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    facts = _json(path)
+    return facts if isinstance(facts, dict) and "rows" in facts and ("comparison" in facts or "study" in facts) else None
+
+
+def _json(path: Path) -> Any:
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"{path}: is not JSON: {error}") from error
-    missing = [key for key in _KEYS if not isinstance(report, dict) or key not in report]
-    if missing:
-        raise UsageError(f"{path}: has no {missing[0]!r}: not the report.json of a `quantize` run, or one of an older version")
-    return report
 
 
 def write_text(path: Path, text: str) -> None:

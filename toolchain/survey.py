@@ -92,7 +92,9 @@ def sample_shapes(source: SourceModel, given: Mapping[str, tuple[int, ...]]) -> 
     names = [spec.name for spec in source.inputs]
     unknown = next((name for name in given if name not in names), None)
     if unknown is not None:
-        raise UsageError(f"--input-shape: the model has no input {unknown!r}{near_misses(unknown, names)}")
+        raise UsageError(
+            f"--input-shape: the model has no input {unknown!r}{near_misses(unknown, names)}; its inputs are {', '.join(names)}"
+        )
     shapes = {
         spec.name: given.get(spec.name, tuple(axis if isinstance(axis, int) else _ASSUMED_AXIS for axis in spec.sample_shape))
         for spec in source.inputs

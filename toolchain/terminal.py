@@ -13,7 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from .wording import coverage_line, decibel, duration, faster, headline, island_lines, kind, size, smaller
+from .wording import behind, coverage_line, decibel, duration, faster, headline, island_lines, kind, magnitude, size, smaller, steps
 
 _SHIP = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
 _MOST_ROWS = 8  # of one kind in the closing summary; the rest is in the report
@@ -31,9 +31,11 @@ def summary(report: dict[str, Any]) -> Group:
         ("ship", f"[{_SHIP[verdict['ship']]}]{verdict['ship']}[/]: {escape(verdict['sentence'])}"),
         *((key, escape(text)) for key, text in headline(report)),
     ]
-    kept = [unit["unit"] for unit in report["units"] if unit["kept"] != "learned"]
-    if kept:
-        lines.append(("not improved", f"{escape(', '.join(kept))}: reconstruction ended with a larger loss, the calibrated unit was kept"))
+    reasons: dict[str, list[str]] = {}
+    for unit in report["units"]:
+        if unit["reason"] is not None:
+            reasons.setdefault(unit["reason"], []).append(unit["unit"])
+    lines += [("as calibrated", f"{escape(', '.join(units))}: {escape(reason)}") for reason, units in reasons.items()]
     lines += [("note", escape(note)) for note in report["model"]["notes"]]
     lines += [("float island", escape(line)) for line in island_lines(report["islands"])]
     floats = [f"{row['op_type']} {row['node']}: {row['reason']}" for row in report["float_nodes"]]
@@ -76,28 +78,30 @@ def unit_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def block_table(plan: dict[str, Any]) -> Table:
+def block_table(plan: dict[str, Any], width: int) -> Table:
     """One line for each block: what it is, its capacity, and the unit it is reconstructed in when that is larger."""
-    table = _table("Blocks", "block", "unit", "kind", "opens", "layers>", "weights>", "ModCap>", "last node")
+    columns = ["block", "unit", "kind", "opens", "layers>", "weights>", "ModCap>", *([] if width < _NARROW else ["last node"])]
+    table = _table("Blocks", *columns)
     unit_of = {part: unit for unit in plan["plan"]["units"] for part in unit.split("+")}
     for block in plan["blocks"]:
         unit = unit_of[block["name"]]
-        table.add_row(
+        cells = [
             block["name"],
             unit if "+" in unit else "",
             kind(block),
             "stage" if block["opens_stage"] and block["layers"] else "",
             str(len(block["layers"])),
-            f"{block['weights']:,}",
-            f"{block['capacity']:.3g}",
+            magnitude(block["weights"]),
+            magnitude(block["capacity"]),
             escape("/".join(block["last_node"].split("/")[-2:])),
-        )
+        ]
+        table.add_row(*cells[: len(columns)])
     return table
 
 
 def show_inspection(console: Console, facts: dict[str, Any]) -> None:
     """What `inspect` found: the blocks, the inputs, the units, and whatever was assumed or stays float."""
-    console.print(block_table(facts))
+    console.print(block_table(facts, console.width))
     console.print(f"inputs: {escape(', '.join(facts['model']['inputs']))}; opset {facts['model']['opset']}")
     console.print(f"units: {escape(facts['plan']['why'])}")
     for name in facts["guessed_axes"]:
@@ -129,11 +133,14 @@ def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
 
 def comparison_table(lines: list[dict[str, Any]]) -> Table:
     """Mean and spread over the seeds of each method; top-1 and agreement in percent."""
-    columns = ("bits", "method", "top-1>", "same>", "SQNR dB>", "oscillation>")
-    table = _table("Methods, mean ± standard deviation over seeds; same: predictions equal to float", *columns)
+    columns = ("bits", "method", "top-1>", "same>", "SQNR dB>", "behind>", "oscillation>")
+    title = (
+        "Methods: mean ± standard deviation over seeds; same: % of predictions equal to float; behind: points behind the best ± half the "
+    )
+    table = _table(f"{title}95 % interval over samples", *columns)
     for line in lines:
         cells = [_spread(line, key, ".1f") for key in ("top1", "agreement", "sqnr")]
-        table.add_row(line["precision"], escape(line["method"]), *cells, _spread(line, "units_after", ".3g"))
+        table.add_row(line["precision"], escape(line["method"]), *cells, behind(line), _spread(line, "units_after", ".3g"))
     return table
 
 
@@ -178,10 +185,10 @@ def validation_table(v: dict[str, Any]) -> Table:
     if len(v["float_operators"]) > _MOST_ROWS:
         table.add_row("computes in float", "", "", f"and {len(v['float_operators']) - _MOST_ROWS} more, in report.json")
     arithmetic = v["integer_arithmetic"]
-    table.add_row("each kernel = float", "", f"within {arithmetic['steps']:.0f} step", f"{arithmetic['share']:.2g} % of codes differ")
+    table.add_row("each kernel = float", "", f"within {steps(arithmetic['steps'])}", f"{arithmetic['share']:.2g} % of codes differ")
     if v["simulated_arithmetic"] is not None:
         s = v["simulated_arithmetic"]
-        table.add_row("file = simulation", "", f"within {s['steps']:.0f} step", f"{s['values']} values, {s['share']:.2g} % of codes differ")
+        table.add_row("file = simulation", "", f"within {steps(s['steps'])}", f"{s['values']} values, {s['share']:.2g} % of codes differ")
     if v["simulation"] is not None:
         s = v["simulation"]
         agrees = f"{s['agreement']:.2f} %" if s["agreement"] is not None else f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact"
@@ -191,7 +198,7 @@ def validation_table(v: dict[str, Any]) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     """A plain table; a column whose name ends in > is aligned to the right, and the last one gives way on narrow terminals."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=escape(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
         is_last = column is columns[-1]
         justify = "right" if column.endswith(">") else "left"

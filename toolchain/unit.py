@@ -50,8 +50,8 @@ class UnitResult:
     """What the reconstruction of one unit came to.
 
     `loss_before` and `loss_after` are hard-quantized losses over all samples: rounding to nearest on the calibrated grids, and the learned
-    codes and steps. `kept` says which of the two is in the table. `flipped` is the share of weights whose code differs from rounding to
-    nearest, `undecided` the share whose soft rounding was still open at the end (None: none was
+    codes and steps. `kept` says which of the two is in the table, and `reason` why it is not the learned one. `flipped` is the share of
+    weights whose code differs from rounding to nearest, `undecided` the share whose soft rounding was still open at the end (None: none was
     soft). `curve` has some 40 points of the optimisation.
     """
 
@@ -65,6 +65,7 @@ class UnitResult:
     undecided: float | None
     curve: tuple[CurvePoint, ...]
     changes: Mapping[str, TensorQuant]
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,12 @@ class Unit:
 
 
 class Learned(NamedTuple):
-    """What learning made: a finished table, the curve, and the share of roundings left open (None: none was soft)."""
+    """What learning made: a finished table, the curve, the share of roundings left open (None: none was soft), or why it made nothing."""
 
     table: QuantTable
     curve: tuple[CurvePoint, ...]
     undecided: float | None
+    refusal: str | None = None
 
 
 def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations: int) -> tuple[UnitResult, dict[str, Value]]:
@@ -149,7 +151,7 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations:
     started = time.perf_counter()
     before = unit.finish(unit.table)
     loss_before, _ = unit.outcome(before)  # its outputs are not kept while learning
-    after, curve, undecided = learn(before)
+    after, curve, undecided, refusal = learn(before)
     loss_after, outputs = unit.outcome(after)
     loss_before, loss_after = unit.processes.first((loss_before, loss_after))
     is_better = loss_after < loss_before
@@ -169,6 +171,7 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations:
         undecided=undecided,
         curve=curve,
         changes={name: grid for name, grid in best.tensors.items() if name not in unit.table or grid is not unit.table[name]},
+        reason=None if is_better else refusal or "learning ended with a larger loss",
     )
     return result, outputs
 

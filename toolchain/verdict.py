@@ -81,7 +81,8 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     low, high = intervals(checked)["drop"]
     drop = f"accuracy is {abs(checked.drop):.2f} points {'lower' if checked.drop >= 0 else 'higher'} (95 %: {-high:+.2f} to {-low:+.2f})"
     if checked.top1_float is None:
-        drop = f"{checked.drop:.2f} % of the predictions differ from the float model's (95 %: {low:.2f} to {high:.2f})"
+        drop = f"{checked.drop:.2f} % of the predictions differ from the float model's (95 %: {low:.2f} to {high:.2f}; if the output "
+        drop += f"is no class scores, judge by its SQNR of {min(checked.sqnr.values()):.1f} dB in your own metric)"
     if not is_held_out:
         return Verdict("unclear", f"{drop}, but on the samples it was calibrated on; give --eval-data")
     if max_drop is not None and checked.drop > max_drop:

@@ -8,6 +8,14 @@ def size(count: int) -> str:
     return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
+def magnitude(count: float) -> str:
+    """A large number in three digits, as 36.1k or 9.44M."""
+    for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= power:
+            return f"{count / power:#.3g}".rstrip(".") + letter
+    return f"{count:.3g}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as seconds, minutes or hours."""
     if seconds < 90:
@@ -57,6 +65,18 @@ def island_lines(islands: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def behind(line: dict[str, Any]) -> str:
+    """How far a compared method is behind the best one, with half the interval of that."""
+    if line["behind"] is None:
+        return ""
+    return f"{line['behind']:.2f} ±{line['behind_margin']:.2f}" if line["behind_margin"] else "best"
+
+
+def steps(count: float) -> str:
+    """A difference in steps of a grid."""
+    return f"{count:.0f} step{'' if round(count) == 1 else 's'}"
+
+
 def coverage_line(cover: dict[str, Any]) -> str:
     """How much of the weights is on integer grids; `stored` ones are those that are computed with in float."""
     share = 100 * cover["weights_quantized"] / max(cover["weights"], 1)
@@ -97,7 +117,7 @@ def _speed(v: dict[str, Any]) -> str:
 
 def _exactness(v: dict[str, Any]) -> str:
     arithmetic, found = v["integer_arithmetic"], v["simulation"]
-    text = f"each kernel within {arithmetic['steps']:.0f} steps of what the file says"
+    text = f"each kernel within {steps(arithmetic['steps'])} of what the file says"
     if found is None:
         return text
     if found["agreement"] is not None:

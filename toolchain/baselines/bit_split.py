@@ -12,7 +12,8 @@ BatchNorm, go into int32 biases in closed form.
 The error is a quadratic form: all that is kept of the samples are X'X and X'Y of each group, gathered once.
 
 Not implemented: activation scales found on the partly quantized network; they are those of the calibration. Grids must be symmetric.
-Weights with one scale for the tensor, stacks of matrices and grouped transposed convolutions keep their calibrated codes.
+Weights with one scale for the tensor, stacks of matrices and grouped transposed convolutions keep their calibrated codes, which the unit's
+result says.
 """
 
 import math
@@ -107,18 +108,18 @@ def split_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
 
     def learn(start: QuantTable) -> Learned:
         unit.progress(0, 1, math.nan)
-        return Learned(_split(layer, start), (), None)
+        moments = _moments(layer, start)
+        if isinstance(moments, str):
+            return Learned(start, (), None, f"not split: {moments}")
+        return Learned(_split(layer, start, moments), (), None)
 
     return learned_unit(layer.unit, learn, 1)
 
 
 @torch.no_grad()
-def _split(layer: Layer, table: QuantTable) -> QuantTable:
+def _split(layer: Layer, table: QuantTable, moments: Moments) -> QuantTable:
     grid = table[layer.weight]
     spec, float_weight = grid.spec, layer.floats[layer.weight]
-    moments = _moments(layer, table)
-    if moments is None:
-        return table
     groups = len(moments.gram)
     weights = _grouped(rows_of(float_weight, spec), groups, layer.unit.device)
     assert grid.codes is not None
@@ -159,14 +160,21 @@ def _grouped(rows: np.ndarray, groups: int, device: torch.device) -> torch.Tenso
     return torch.tensor(rows.reshape(groups, -1, rows.shape[1]), dtype=torch.float64).to(device).transpose(1, 2).contiguous()
 
 
-def _moments(layer: Layer, table: QuantTable) -> Moments | None:
-    """X'X and X'Y of a layer; None for weights that are not one matrix for each group, with a scale for each of its outputs."""
+@torch.no_grad()
+def _moments(layer: Layer, table: QuantTable) -> Moments | str:
+    """X'X and X'Y of a layer; in words, why there are none for weights that are not one matrix and one scale for each output of a group."""
     weight, spec = layer.floats[layer.weight], table[layer.weight].spec
-    if spec.axis is None or spec.block is not None or not spec.symmetric or weight.size == 0:
-        return None
+    if spec.axis is None:
+        return "its weight has one scale for the whole tensor"
+    if spec.block is not None:
+        return "its weight has a scale for each block of inputs"
+    if not spec.symmetric or weight.size == 0:
+        return "its weight is empty" if spec.symmetric else "its grid is not symmetric"
     is_conv = layer.node.op_type in ("Conv", "ConvTranspose")
-    if (not is_conv and weight.ndim != 2) or any(name and name not in layer.floats for name in layer.node.inputs[2:]):
-        return None
+    if not is_conv and weight.ndim != 2:
+        return "its weight is a stack of matrices"
+    if any(name and name not in layer.floats for name in layer.node.inputs[2:]):
+        return "its bias is computed by the model"
     read = layer.node.inputs[0]
     found: dict[str, torch.Tensor] = {}
 
@@ -186,8 +194,10 @@ def _moments(layer: Layer, table: QuantTable) -> Moments | None:
     rows = rows_of(weight, spec)
     groups = channels.shape[1] // weight.shape[1] if layer.node.op_type == "Conv" else 1
     inner = rows.shape[1]
-    if offset.shape[1 if is_conv else -1] != len(rows) or groups * inner * inner > _MOST_MOMENTS:
-        return None  # a grouped transposed convolution, or one too large
+    if offset.shape[1 if is_conv else -1] != len(rows):
+        return "a grouped transposed convolution"
+    if groups * inner * inner > _MOST_MOMENTS:
+        return f"the moments of its {groups * inner:,} inputs would take {8 * groups * inner * inner / 1e9:.1f} GB"
     silent[layer.weight] = laid_out(_unfolding(weight.shape, spec, groups)).to(layer.unit.device)
     if layer.bias is not None:
         silent[layer.bias] = torch.zeros(groups * inner, device=layer.unit.device)

@@ -20,7 +20,7 @@ _SHOWN = {"refused": ("error", "red"), "inexact": ("inexact", "magenta"), "slow"
 _NAMED = 3  # nodes of one rule, without --verbose
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="Hold a QDQ file of any tool against a runtime's rules.")
 @click.argument("file", type=PATH)
 @click.option("--target", required=True, metavar="tensorrt|openvino|qnn|ort-cpu|portable", help="Runtime whose rules are checked.")
 @click.option("-v", "--verbose", is_flag=True, help="Name every node of each rule, and show tracebacks.")

@@ -16,7 +16,7 @@ from .shown import Shown
 _MOST_LAYERS = 15  # in the table
 
 
-@click.command("diagnose", cls=SectionedCommand, epilog=EXIT_CODES)
+@click.command("diagnose", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Where a quantized file's error enters; what to try next.")
 @click.argument("float_model", metavar="FP32", type=PATH)
 @click.argument("quantized_model", metavar="QDQ", type=PATH)
 @click.option("--data", "place", metavar="DATA", help="Samples to run: .npz, .npy, an image folder, or module:function.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MOST = 10  # constants that are listed, the worst first
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="What a quantized file changed, or how two of them differ.")
 @click.argument("first", type=PATH)
 @click.argument("second", metavar="QDQ", type=PATH)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")

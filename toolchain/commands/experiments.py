@@ -21,23 +21,36 @@ if TYPE_CHECKING:
     from ..source import SourceModel
 
 
-@click.command("compare", cls=SectionedCommand, epilog=EXIT_CODES)
+# What the runs of an experiment differ in cannot be given for all of them.
+_VARIED_BY_COMPARE = ("algorithm", "units", "seed", "weight_bits", "activation_bits", "max_drop")
+_VARIED_BY_STUDY = ("units", "merge", "max_drop")
+
+
+@click.command("compare", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Several methods on one model and equal data, in one table.")
 @click.argument("model", type=PATH)
-@click.option("-o", "--output", type=PATH, required=True, metavar="RESULTS.json", help="Results; a page of the same name is drawn beside.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    metavar="RESULTS.json",
+    help="Results; a page of the same name is drawn beside (again with `report`).",
+)
 @click.option("--methods", default="mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop", show_default=True, help="What to compare.")
 @click.option("--precisions", default="w4a4", show_default=True, help="At which bit widths.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, whose spread is shown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts instead of the table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@config_options(Config, DataConfig)
+@config_options(Config, DataConfig, hidden=_VARIED_BY_COMPARE)
 def compare(
     model: Path, output: Path, methods: str, precisions: str, seeds: str, as_json: bool, verbose: bool, quiet: bool, **options: Any
 ) -> None:
     """Run several methods on MODEL with the same data, batch and iterations, and measure each exported file under ONNX Runtime.
 
     \b
-    A method is an algorithm (every block alone), or mrecg+ALGORITHM (units by loss), or mrecg:UNITS+ALGORITHM.
+    A method is an algorithm (every block alone), or mrecg+ALGORITHM (units by loss), or mrecg:UNITS+ALGORITHM. Algorithms:
+    minmax, mse, aciq, lapq (ranges only); adaround, adaquant, bit-split (layer by layer); brecq, qdrop (block by block).
     Rows that RESULTS.json has already for the same model, data and settings are not run again.
 
     \b
@@ -46,34 +59,40 @@ def compare(
     """
     with reported(verbose):
         from .. import comparison, report, terminal
-        from ..page import comparison_page
+        from ..experiments_page import experiments_page
 
         shown = Shown(as_json, verbose, quiet)
-        source, calibration, evaluation, base = _experiment(
-            model, output, options, ("algorithm", "units", "seed", "weight_bits", "activation_bits"), shown.log
-        )
+        source, calibration, evaluation, base = _experiment(model, output, options, _VARIED_BY_COMPARE, shown.log)
         todo = comparison.jobs(_listed(methods), _listed(precisions), _integers("--seeds", seeds), base)
         with terminal.progress_on(shown.log) as progress:
             facts = comparison.run_jobs(source, calibration, evaluation, todo, _writer(source), output, progress)
         lines = comparison.summary(facts["rows"])
+        said = comparison.concluded(output, comparison=comparison.common_facts(facts["rows"]) | {"lines": lines})
         page = output.with_suffix(".html")
-        report.write_text(page, comparison_page(facts, lines))
+        report.write_text(page, experiments_page(said))
         if as_json:
             click.echo(report.as_json(facts | {"summary": lines}), nl=False)
         shown.out.print(terminal.comparison_table(lines))
         shown.out.print(f"wrote {output} and {page}", markup=False, soft_wrap=True)
 
 
-@click.command("study", cls=SectionedCommand, epilog=EXIT_CODES)
+@click.command("study", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Test the claims behind MRECG on your own model.")
 @click.argument("model", type=PATH)
-@click.option("-o", "--output", type=PATH, required=True, metavar="RESULTS.json", help="Results; a page of the same name is drawn beside.")
+@click.option(
+    "-o",
+    "--output",
+    type=PATH,
+    required=True,
+    metavar="RESULTS.json",
+    help="Results; a page of the same name is drawn beside (again with `report`).",
+)
 @click.option("--claims", default="oscillation,final-error,accuracy,data,theorem", show_default=True, help="What to study.")
 @click.option("-p", "--precision", metavar="W4A4", help="Shorthand for --weight-bits and --activation-bits.")
 @click.option("--schemes", type=int, default=20, show_default=True, help="Random unit schemes behind `final-error` and `accuracy`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts instead of the verdicts.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
-@config_options(Config, DataConfig)
+@config_options(Config, DataConfig, hidden=_VARIED_BY_STUDY)
 def study(
     model: Path, output: Path, claims: str, precision: str | None, schemes: int, as_json: bool, verbose: bool, quiet: bool, **options: Any
 ) -> None:
@@ -91,7 +110,7 @@ def study(
     with reported(verbose):
         from .. import comparison, report, terminal
         from ..capacity import mergeable
-        from ..page import study_page
+        from ..experiments_page import experiments_page
         from ..study import CLAIMS, findings, study_jobs
         from ..survey import survey
 
@@ -103,7 +122,7 @@ def study(
             raise UsageError(f"--schemes {schemes}: a correlation needs at least 4")
         shown = Shown(as_json, verbose, quiet)
         options |= parse_precision(precision) if precision else {}
-        source, calibration, evaluation, base = _experiment(model, output, options, ("units", "merge"), shown.log)
+        source, calibration, evaluation, base = _experiment(model, output, options, _VARIED_BY_STUDY, shown.log)
         rows = survey(source, calibration, dataclasses.replace(base, units="none")).rows
         boundaries = sorted(mergeable([row.traits for row in rows], cross_stage=True))
         count = min(calibration.count, base.calibration_samples)
@@ -111,8 +130,10 @@ def study(
         with terminal.progress_on(shown.log) as progress:
             facts = comparison.run_jobs(source, calibration, evaluation, todo, _writer(source), output, progress)
         facts |= {"findings": report.finite(findings(names, facts["rows"]))}
+        studied = {"precision": base.label, "algorithm": base.algorithm, "findings": facts["findings"]}
+        said = comparison.concluded(output, study=comparison.common_facts(facts["rows"]) | studied)
         page = output.with_suffix(".html")
-        report.write_text(page, study_page(facts))
+        report.write_text(page, experiments_page(said))
         if as_json:
             click.echo(report.as_json(facts), nl=False)
         shown.out.print(terminal.study_findings(facts["findings"]))
@@ -129,7 +150,7 @@ def _experiment(
     found = given(options)
     taken = next((name for name in varied if name in found), None)
     if taken is not None:
-        raise UsageError(f"{flag(taken)}: is what the runs differ in; see --help")
+        raise UsageError(f"{flag(taken)}: is not one setting for all runs of an experiment; see --help")
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: the folder {output.parent} does not exist")
     config, data = split(found)

@@ -14,7 +14,7 @@ from .files import check_loads, check_output
 from .options import EXIT_CODES, PATH
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="Write a learned table for another target.")
 @click.argument("model", type=PATH)
 @click.argument("table", type=PATH)
 @click.option("--target", metavar="|".join(TARGETS), help="Runtime to export for. Default: the one that the table was learned for.")

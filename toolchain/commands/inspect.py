@@ -15,7 +15,7 @@ from .options import EXIT_CODES, PATH
 _FILE_COLUMNS = 120  # of a table that is written to a file
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=EXIT_CODES, short_help="Blocks, capacities and proposed units; needs no data.")
 @click.argument("model", type=PATH)
 @click.option(
     "--input-shape", multiple=True, metavar="NAME:3x224x224", help="Shape of one sample of an input whose axes are open. Repeatable."

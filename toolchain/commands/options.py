@@ -53,8 +53,13 @@ def _completing(choices: Iterable[Any] | None) -> Callable[[click.Context, click
     return (lambda context, parameter, incomplete: [word for word in known if word.startswith(incomplete)]) if known else None
 
 
-def config_options(*halves: type, only: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """One option for each field of the configuration classes, or of one section; None means that the flag was not given."""
+def config_options(
+    *halves: type, only: str | None = None, hidden: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One option for each field of the configuration classes, or of one section; None means that the flag was not given.
+
+    `hidden` ones are taken, so that the command can say why it refuses them, but not shown.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for half in reversed(halves):
@@ -72,6 +77,7 @@ def config_options(*halves: type, only: str | None = None) -> Callable[[Callable
                     "help": text,
                     "section": _SECTIONS[spec.metadata["section"]],
                     "cls": _Option,
+                    "hidden": spec.name in hidden,
                 }
                 name = flag(spec.name)
                 if hints[spec.name] == tuple[str, ...]:

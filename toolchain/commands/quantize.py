@@ -34,7 +34,7 @@ _EXACTNESS_SAMPLES = 4  # every value of the network is held for them
 _SENSITIVITY_SHARE = 0.1  # of the time that the run took before
 
 
-@click.command(cls=SectionedCommand, epilog=EXIT_CODES)
+@click.command(cls=SectionedCommand, epilog=EXIT_CODES, short_help="Quantize a model, write it, validate it, report on it.")
 @click.argument("model", type=PATH)
 @click.option("-o", "--output", type=PATH, help="The quantized model. Default: NAME.w4a4.onnx beside MODEL, after its precision.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
@@ -251,7 +251,7 @@ def _show_plan(source: "SourceModel", rows: "tuple[BlockRow, ...]", config: Conf
     facts = report.finite(report.plan_report(make_plan(source, rows, config)))
     if shown.as_json:
         click.echo(report.as_json(facts), nl=False)
-    shown.out.print(terminal.block_table(facts))
+    shown.out.print(terminal.block_table(facts, shown.out.width))
     shown.out.print(f"[dim]{escape(memory)}[/dim]")
     shown.out.print(f"[dim]{escape(facts['plan']['why'])}; dry run, nothing was written[/dim]")
 

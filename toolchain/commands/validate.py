@@ -13,7 +13,7 @@ from .files import samples_at
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 
 
-@click.command("validate", cls=SectionedCommand, epilog=EXIT_CODES)
+@click.command("validate", cls=SectionedCommand, epilog=EXIT_CODES, short_help="A quantized file beside its float model.")
 @click.argument("float_model", metavar="FP32", type=PATH)
 @click.argument("quantized_model", metavar="QDQ", type=PATH)
 @click.option("--device", metavar="auto|cuda|cpu", default="auto", show_default=True, help="Execution provider.")
