@@ -156,6 +156,8 @@ def test_image_preprocessing(tmp_path: Path) -> None:
     np.testing.assert_allclose(bgr[0, 0, 0], [0.0, 128.0, 255.0], atol=1e-4)
     gray = InputSpec("image", FLOAT, ("N", 1, 4, 4))
     assert load_samples(str(tmp_path), [gray], PLAIN, "--eval-data").inputs["image"].shape == (1, 1, 4, 4)
+    half = InputSpec("image", np.dtype(np.float16), ("N", 3, 4, 4))
+    assert load_samples(str(tmp_path), [half], PLAIN, "--eval-data").inputs["image"].dtype == np.float16
 
 
 def test_centre_crop_keeps_the_middle(tmp_path: Path) -> None:

@@ -259,7 +259,8 @@ def _from_folder(
     size, layout, channels = _image_shape(specs[0], preprocessing, f"{option} {folder}")
     images = np.stack([_image(file, size, channels, preprocessing, option) for file in files])
     images = images if layout == "nhwc" else images.transpose(0, 3, 1, 2)
-    return Samples({specs[0].name: np.ascontiguousarray(images, np.float32)}, truth)
+    kind = specs[0].dtype if specs[0].dtype.kind == "f" else np.dtype(np.float32)  # half precision where the model takes that
+    return Samples({specs[0].name: np.ascontiguousarray(images, kind)}, truth)
 
 
 def _listed(folder: Path, option: str, labels: Path | None) -> tuple[list[Path], np.ndarray | None]:

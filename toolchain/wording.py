@@ -2,6 +2,8 @@
 
 from typing import Any
 
+_OTHER_RUNTIMES = ("tensorrt", "openvino", "qnn")
+
 
 def size(count: int) -> str:
     """Bytes as MB or kB."""
@@ -91,7 +93,7 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Accuracy, speed, size and exactness of a run, one line each."""
     v = report["validation"]
     sizes = f"{size(v['float_bytes'])} float, {size(v['quantized_bytes'])} quantized: {smaller(v)}"
-    return [("accuracy", _accuracy(v)), ("speed", _speed(v)), ("size", sizes), ("exact", _exactness(v))]
+    return [("accuracy", _accuracy(v)), ("speed", _speed(v, report["config"]["target"])), ("size", sizes), ("exact", _exactness(v))]
 
 
 def _accuracy(v: dict[str, Any]) -> str:
@@ -105,13 +107,16 @@ def _accuracy(v: dict[str, Any]) -> str:
     return f"{'; '.join(parts)}; {v['samples']} samples of {v['evaluated_on']}"
 
 
-def _speed(v: dict[str, Any]) -> str:
+def _speed(v: dict[str, Any], target: str) -> str:
     latency = v["latency"]
     floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
-    kernels = f"{v['integer_operators']} integer kernels, {floats + ' in float' if floats else 'no layer in float'}"
+    count = v["integer_operators"]
+    kernels = f"{count} integer {'kernel' if count == 1 else 'kernels'}, {floats + ' in float' if floats else 'no layer in float'}"
+    is_other = target in _OTHER_RUNTIMES or (target == "ort-cuda" and v["provider"] == "CPUExecutionProvider")
+    elsewhere = f"; measured here under ONNX Runtime, which says nothing of {target}" if is_other else ""
     return (
         f"{latency['float_ms']:.2f} ms float, {latency['quantized_ms']:.2f} ms quantized: {faster(latency)} at batch {latency['batch']} "
-        f"({v['provider'].removesuffix('ExecutionProvider')}); {kernels}"
+        f"({v['provider'].removesuffix('ExecutionProvider')}); {kernels}{elsewhere}"
     )
 
 

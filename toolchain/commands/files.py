@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 def samples_at(place: str, source: "SourceModel", data: DataConfig, option: str, limit: int | None) -> "Samples":
-    """The samples that an option names, checked against the inputs and classes of the model; `limit` is the most that are used."""
-    from ..samples import Preprocessing, load_samples
+    """The samples that an option names, checked against the inputs and classes of the model; `limit` is the most that are used.
+
+    Calibration samples need no labels where there are samples to evaluate on: their classes may be those of other data.
+    """
+    from ..samples import Preprocessing, Samples, load_samples
     from ..survey import check_classes
 
     labels = Path(data.labels) if data.labels is not None and option == "--eval-data" else None
     samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit)
+    if option == "--calibration-data" and data.eval_data is not None:
+        samples = Samples(samples.inputs, note=samples.note)
     check_classes(source, samples, f"{option} {place}")
     return samples if limit is None or option == "--calibration-data" else samples.first(limit)
 
