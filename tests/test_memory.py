@@ -5,6 +5,7 @@ import gc
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,8 +17,9 @@ from tests import zoo
 from toolchain import memory, pipeline, survey
 from toolchain.cli import main
 from toolchain.config import Config
-from toolchain.errors import StorageError, UsageError
+from toolchain.errors import DeviceMemoryError, StorageError, UsageError
 from toolchain.memory import Demand, Room
+from toolchain.torch_import import TorchBlock
 
 CPU = torch.device("cpu")
 
@@ -120,3 +122,87 @@ def test_the_command_line_says_what_it_will_take(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "--memory-budget 10 MB:" in refused.output
     assert "or lower --batch-size" in refused.output
+
+
+def full(*_: object, **__: object) -> torch.Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_device_comes_first_then_the_host_then_files(tmp_path: Path) -> None:
+    """Meta tensors stand for those of a device: they have a place, but no memory."""
+    meta = torch.device("meta")
+    room = Room(limit=400, folder=tmp_path, device_limit=800)
+    kept = [room.empty((10, 10), torch.float32, meta) for _ in range(4)]
+    assert [tensor.device.type for tensor in kept] == ["meta", "meta", "cpu", "cpu"]
+    assert (room.on_device, room.used, room.filed) == (800, 400, 400)
+    assert not room.notes  # all as planned
+    del kept[0]
+    gc.collect()
+    assert room.empty((10, 10), torch.float32, meta).device == meta
+
+
+def test_a_device_that_is_full_before_its_time_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta, room = torch.device("meta"), Room()
+    first = room.empty((10, 10), torch.float32, meta)
+    original = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: full() if k.get("device") == meta else original(*a, **k))
+    second = room.empty((10, 10), torch.float32, meta)
+    monkeypatch.undo()
+    third = room.empty((10, 10), torch.float32, meta)  # not tried again
+    assert [tensor.device.type for tensor in (first, second, third)] == ["meta", "cpu", "cpu"]
+    assert len(room.notes) == 1
+    assert "memory was full" in room.notes[0]
+
+
+def test_a_device_does_the_work_and_the_host_keeps_what_it_cannot() -> None:
+    demand = Demand(taken=100, caches=50, work=300, where="b01", device=30)
+    assert demand.total == 120
+    assert demand.room_in(110) == 10
+    assert "on the device 0 MB of them" in demand.describe(None)
+    assert "go to files" in demand.describe(110)
+    with pytest.raises(UsageError, match="in use already") as refused:
+        demand.room_in(90)
+    assert "work on block" not in str(refused.value)
+
+
+def halting(monkeypatch: pytest.MonkeyPatch, most: int, learning: bool) -> None:
+    """Forward passes of more than `most` samples run out of memory: those of learning, or those of moving activations."""
+    original = TorchBlock.forward
+
+    def forward(self: TorchBlock, values: Any, observe: Any = None) -> Any:
+        size = max(len(values[name]) for name in self.block.inputs)
+        return full() if torch.is_grad_enabled() == learning and size > most else original(self, values, observe)
+
+    monkeypatch.setattr(TorchBlock, "forward", forward)
+
+
+@pytest.mark.parametrize("algorithm", ["adaround", "qdrop"])
+def test_passes_that_do_not_fit_are_halved_and_change_nothing(algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, samples = zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(48)
+    config = Config(device="cpu", iterations=4, batch_size=8, algorithm=algorithm, units="none")
+    free = pipeline.quantize(source, samples, config)
+    halting(monkeypatch, most=20, learning=False)
+    bound = pipeline.quantize(source, samples, config)
+    assert not free.notes
+    assert any("did not fit the device's memory with 48 samples in a forward pass" in note for note in bound.notes)
+    for name, grid in free.table.tensors.items():
+        # Histograms of ranges see other chunks, and convolutions of fewer images add in another order.
+        np.testing.assert_allclose(bound.table[name].scale, grid.scale, rtol=1e-3)
+
+
+def test_mini_batches_that_do_not_fit_are_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BRECQ has no dropped elements to draw: the same gradients, in three parts of other sizes, up to the order of sums."""
+    source, samples = zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(48)
+    config = Config(device="cpu", iterations=20, batch_size=9, algorithm="brecq")
+    free = pipeline.quantize(source, samples, config)
+    halting(monkeypatch, most=3, learning=True)
+    bound = pipeline.quantize(source, samples, config)
+    assert [note for note in bound.notes if note.endswith("it was learned from in 4 parts")]
+    assert [r.loss_after for r in bound.results] == pytest.approx([r.loss_after for r in free.results], rel=0.02)
+
+
+def test_a_device_without_room_for_one_sample_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, samples = zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(8)
+    halting(monkeypatch, most=0, learning=True)
+    with pytest.raises(DeviceMemoryError, match=r"smallest parts either \(CUDA out of memory"):
+        pipeline.quantize(source, samples, Config(device="cpu", iterations=2, batch_size=4))

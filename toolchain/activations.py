@@ -12,7 +12,7 @@ from . import runtime
 from .fake_quant import fake_quantize
 from .graph import last_reads
 from .islands import Island
-from .memory import Room
+from .memory import CPU, Room
 from .packing import Packed, packings
 from .partition import Block
 from .quant_table import QuantTable, TensorQuant
@@ -37,6 +37,7 @@ class Passes:
     """How samples go through a model: `size` of `count` in each forward pass; `stacked` names the values that are arrays of samples.
 
     `room` is where values of all samples are kept, `float_type` what those are kept as that are on no grid.
+    `device` is where they are computed with, wherever they are kept.
     """
 
     count: int
@@ -44,6 +45,7 @@ class Passes:
     stacked: AbstractSet[str]
     room: Room = field(default_factory=Room)
     float_type: torch.dtype = torch.float32
+    device: torch.device = CPU
 
     def __iter__(self) -> Iterator[slice]:
         return (slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size))
@@ -53,7 +55,9 @@ class Passes:
         if isinstance(value, Parts):
             return value[index]
         rows = slice(index * self.size, (index + 1) * self.size)
-        return value.packing.unpack(value.kept[rows]) if isinstance(value, Packed) else value[rows]
+        if isinstance(value, Packed):
+            return value.packing.unpack(value.kept[rows].to(self.device))
+        return value[rows].to(self.device)
 
 
 class Collector:
@@ -131,7 +135,7 @@ class TorchModel:
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
         axes = {spec.name: spec.axis for spec in self.source.inputs}
         size = 1 if runtime.differing(inputs, axes) else self.size
-        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room, self.float_type)
+        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room, self.float_type, self.device)
         observe = quantizing(table) if table is not None else None
         values: dict[str, Value] = {}
         for name, array in inputs.items():
@@ -235,9 +239,27 @@ def run_piece(
     observe = quantizing(table) if table is not None else observe
     for index, _ in enumerate(passes):
         part = {name: passes.part(value, index) for name, value in inputs.items()}
-        for name, made in piece({**part, **constants}, observe).items():
+        for name, made in _made(piece, part, constants, passes, observe).items():
             outputs[name].add(index, made)
     return {name: whole.value for name, whole in outputs.items()}
+
+
+def _made(
+    piece: Piece, part: Mapping[str, Any], constants: Mapping[str, torch.Tensor], passes: Passes, observe: Observer | None
+) -> dict[str, Any]:
+    """The outputs of a forward pass; where the device's memory does not hold it, of its halves one after the other."""
+    try:
+        return piece({**part, **constants}, observe)
+    except torch.OutOfMemoryError:
+        size = max((len(value) for value in part.values() if isinstance(value, torch.Tensor) and value.dim()), default=0)
+        if size < 2 or not {*part, *piece.block.outputs} <= passes.stacked:
+            raise  # one sample alone, or values that know how many samples there are
+    passes.room.note(
+        f"block {piece.block.name} did not fit the device's memory with {size} samples in a forward pass: it was run with fewer"
+    )
+    halves = [{name: value[rows] for name, value in part.items()} for rows in (slice(size // 2), slice(size // 2, size))]
+    first, second = (_made(piece, half, constants, passes, observe) for half in halves)
+    return {name: torch.cat([made, second[name]]) for name, made in first.items()}
 
 
 def unpacked(value: Value) -> torch.Tensor | Parts:

@@ -128,7 +128,10 @@ class Config:
     seed: int = option(0, "Seed of every random choice.", "method", low=0)
     device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
     memory_budget: str | None = option(
-        None, "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder (CPU only).", "method"
+        None,
+        "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder. On CUDA they are on the "
+        "device first, as far as they fit.",
+        "method",
     )
     cache_dtype: str = option(
         "float32",

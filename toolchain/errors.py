@@ -64,6 +64,12 @@ class ProcessError(MrecgError):
     exit_code = 10
 
 
+class DeviceMemoryError(MrecgError):
+    """A device has not the memory for a single sample."""
+
+    exit_code = 11
+
+
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ` (did you mean 'a', 'b'?)` for the known words closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)

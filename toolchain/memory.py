@@ -5,14 +5,15 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from .errors import StorageError, UsageError
+from .errors import DeviceMemoryError, StorageError, UsageError
 from .graph import last_reads
 from .packing import code_bytes
 from .partition import Block
@@ -20,6 +21,7 @@ from .placement import Placement
 from .source import SourceModel, ValueTypes
 
 SUFFIX = ".cache"
+CPU = torch.device("cpu")
 _FLOAT = 4  # bytes
 _LIBRARIES = 150 << 20  # what torch, oneDNN and ONNX Runtime take once they compute (measured: 120 to 180 MB)
 # Floats of the largest value that are alive in a forward pass: what is read, made, quantized, and the binning of calibration.
@@ -32,41 +34,58 @@ _WEIGHT_FLOATS = 12
 class Demand:
     """The estimate of a run's peak, in bytes: what is resident already, the cached activations, and the work beside them.
 
-    `where` is the block whose work takes the most.
+    `where` is the block whose work takes the most. `device` is None on the CPU; else it is what a device has for cached activations beside
+    the work, which is done there: only the others are in the host's memory.
     """
 
     taken: int
     caches: int
     work: int
     where: str
+    device: float | None = None
 
     @property
     def total(self) -> int:
-        return self.taken + self.caches + self.work
+        """In the host's memory."""
+        return self._fixed + self._kept
 
     def room_in(self, budget: int | None) -> float:
-        """Bytes for cached activations under a budget.
+        """Bytes for cached activations in the host's memory under a budget.
 
         Raises:
             UsageError: the budget does not even hold the rest.
         """
         if budget is None:
             return math.inf
-        if budget < self.taken + self.work:
+        if budget < self._fixed:
+            work = f" and the work on block {self.where} takes about {readable(self.work)}" if self.device is None else ""
             raise UsageError(
-                f"--memory-budget {readable(budget)}: {readable(self.taken)} are in use already (program, model, samples) and the work on "
-                f"block {self.where} takes about {readable(self.work)}, without any cached activation; give "
-                f"{readable(self.taken + self.work)} or more, or lower --batch-size"
+                f"--memory-budget {readable(budget)}: {readable(self.taken)} are in use already (program, model, samples){work}, without "
+                f"any cached activation; give {readable(self._fixed)} or more, or lower --batch-size"
             )
-        return budget - self.taken - self.work
+        return budget - self._fixed
 
     def describe(self, budget: int | None) -> str:
         """The estimate in a line."""
-        room = self.room_in(budget)
-        parts = f"{readable(self.taken)} in use, {readable(self.caches)} cached activations, {readable(self.work)} work on {self.where}"
-        if self.caches <= room:
+        room, kept = self.room_in(budget), self._kept
+        parts = f"{readable(self.taken)} in use, {readable(kept)} cached activations"
+        if self.device is None:
+            parts += f", {readable(self.work)} work on {self.where}"
+        else:
+            parts += f"; on the device {readable(self.caches - kept)} of them, {readable(self.work)} work on {self.where}"
+        if kept <= room:
             return f"memory: about {readable(self.total)} at the peak ({parts})"
-        return f"memory: {readable(budget or 0)} ({parts}; about {readable(self.caches - int(room))} of them go to files)"
+        return f"memory: {readable(budget or 0)} ({parts}; about {readable(kept - int(room))} of them go to files)"
+
+    @property
+    def _fixed(self) -> int:
+        """Host bytes that are no cached activations."""
+        return self.taken + (self.work if self.device is None else 0)
+
+    @property
+    def _kept(self) -> int:
+        """Cached activations in the host's memory, or in files."""
+        return int(max(self.caches - (self.device or 0), 0))
 
 
 def demand(
@@ -78,6 +97,7 @@ def demand(
     batch: int,
     pass_size: int,
     float_bytes: int = _FLOAT,
+    device: torch.device = CPU,
 ) -> Demand:
     """Estimate the memory of a reconstruction.
 
@@ -90,6 +110,7 @@ def demand(
         batch: samples of a mini-batch.
         pass_size: samples in a forward pass.
         float_bytes: of an element in a cached activation that is on no grid.
+        device: where it is done.
     """
     sizes = {name: _FLOAT * math.prod(shape) for name, shape in types.shapes.items()}
     inputs = sum(sizes.get(name, 0) for name in source.graph.inputs)
@@ -108,7 +129,7 @@ def demand(
     weights = sum(array.nbytes for array in source.constants.values())
     # As arrays and as codes; where the weights are outside, only their codes are held, in the table and in the file that is made of it.
     held = 2 * weights if source.shelf is None else weights // 2
-    return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where)
+    return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where, _device_room(device, work))
 
 
 def _code_bytes(placement: Placement, name: str, otherwise: int) -> int:
@@ -130,36 +151,59 @@ def _work(source: SourceModel, block: Block, sizes: Mapping[str, int], grids: Ab
 
 
 class Room:
-    """Where whole values are kept: in memory up to a limit, then in files that vanish with their last reader."""
+    """Where whole values are kept: on the device up to a limit, then in the host's memory up to another, then in files.
 
-    def __init__(self, limit: float = math.inf, folder: Path | None = None) -> None:
-        self._limit, self._folder = limit, folder
-        self.used = 0
-        self.filed = 0
+    Files vanish with their last reader. `used`, `filed` and `on_device` are the bytes in memory, files and on a device that is no CPU;
+    `notes` says what went otherwise than planned.
+    """
+
+    def __init__(self, limit: float = math.inf, folder: Path | None = None, device_limit: float = math.inf) -> None:
+        self._limit, self._folder, self._device_limit = limit, folder, device_limit
+        self.used = self.filed = self.on_device = 0
+        self.notes: list[str] = []
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A tensor to be filled; 4-d ones are laid out channels last.
+        """A tensor to be filled, on the device or, where that is full, on the CPU; 4-d ones are laid out channels last.
 
         Raises:
             StorageError: there is no room on the disk.
         """
         size = math.prod(shape) * dtype.itemsize
         order = (0, 2, 3, 1) if len(shape) == 4 else tuple(range(len(shape)))
-        in_file = device.type == "cpu" and size > 0 and self.used + size > self._limit
-        if in_file:
-            flat = self._mapped(size, dtype)
-            self.filed += size
-        else:
-            flat = torch.empty(math.prod(shape), dtype=dtype, device=device)
-            self.used += size
+        flat, place = self._on_device(size, dtype, device) if device.type != "cpu" else None, "on_device"
+        if flat is None and (size == 0 or self.used + size <= self._limit):
+            # Pinned memory is copied to the device while that computes.
+            flat, place = torch.empty(size // dtype.itemsize, dtype=dtype, pin_memory=device.type == "cuda"), "used"
+        if flat is None:
+            flat, place = self._mapped(size, dtype), "filed"
         tensor = flat.view([shape[axis] for axis in order])
         tensor = tensor.permute(0, 3, 1, 2) if len(shape) == 4 else tensor
-        weakref.finalize(tensor, self._release, 0 if in_file else size, size if in_file else 0)
+        self._count(place, size)
+        weakref.finalize(tensor, self._count, place, -size)
         return tensor
 
-    def _release(self, used: int, filed: int) -> None:
-        self.used -= used
-        self.filed -= filed
+    def note(self, text: str) -> None:
+        """Remember what went otherwise than planned, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _on_device(self, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+        if self.on_device + size > self._device_limit:
+            return None
+        try:
+            return torch.empty(size // dtype.itemsize, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            self._device_limit = self.on_device
+            self.note(f"the device's memory was full at {readable(self.on_device)} of cached activations: the others are in the host's")
+            return None
+
+    def _count(self, place: str, size: int) -> None:
+        if place == "on_device":
+            self.on_device += size
+        elif place == "used":
+            self.used += size
+        else:
+            self.filed += size
 
     def _mapped(self, size: int, dtype: torch.dtype) -> torch.Tensor:
         place = ""
@@ -179,6 +223,26 @@ class Room:
         finally:
             if place and os.name == "posix":  # the file lives as long as its mapping, whatever happens to this process
                 Path(place).unlink(missing_ok=True)
+
+
+@contextmanager
+def enough(what: str) -> Iterator[None]:
+    """Make an error of the project of a device whose memory does not hold what cannot be done in smaller parts."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        detail = str(error).partition("\n")[0]
+        raise DeviceMemoryError(
+            f"{what}: the device's memory does not hold it, in the smallest parts either ({detail}); use --device cpu"
+        ) from error
+
+
+def _device_room(device: torch.device, work: int) -> float | None:
+    """Bytes for cached activations on a device beside the work; a tenth of what is free is left to the libraries."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(0.9 * free - work, 0.0)
 
 
 def resident() -> int:

@@ -16,7 +16,8 @@ class Draw:
     """Mini-batches of a unit's inputs and targets: samples at random where all of them are arrays of samples.
 
     Otherwise whole forward passes at random, as many as it takes (the fixed batches of the MRECG release): a value that knows the number of
-    samples in a pass, such as a shape, fits no other selection. Of rows, each process takes its share; whole passes each process takes all.
+    samples in a pass, such as a shape, fits no other selection. Of rows, each process takes its share, in parts where there are `splits`;
+    whole passes each process takes all.
     """
 
     def __init__(
@@ -28,22 +29,32 @@ class Draw:
         batch_size: int,
         generator: torch.Generator,
         processes: Processes = ALONE,
+        splits: int = 1,
     ) -> None:
         self._inputs, self._floats, self._passes = inputs, float_inputs, passes
         self.shares = output_shares(targets, passes)
         self._targets = {name: targets[name] for name in self.shares}
         self._batch_size = batch_size
         self._by_pass = any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
+        self._splits = splits
         self.generator, self.device = generator, generator.device
+        # Drawn on the host, so that values that are kept there are gathered while the device computes.
+        self._order = generator if self.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
         self.processes = ALONE if self._by_pass else processes  # those that have a share each
 
     def selections(self) -> Sequence[torch.Tensor | int]:
         """Rows, or the numbers of forward passes, of the next mini-batch."""
         if not self._by_pass:
-            rows = torch.randperm(self._passes.count, generator=self.generator, device=self.device)[: self._batch_size]
-            return [rows[self.processes.share(len(rows))]]
+            rows = torch.randperm(self._passes.count, generator=self._order)[: self._batch_size]
+            return rows[self.processes.share(len(rows))].chunk(self._splits)
         count, wanted = len(list(self._passes)), max(round(self._batch_size / self._passes.size), 1)
-        return torch.randperm(count, generator=self.generator, device=self.device)[:wanted].tolist()
+        return torch.randperm(count, generator=self._order)[:wanted].tolist()
+
+    def parts(self, selection: torch.Tensor | int, selections: Sequence[torch.Tensor | int]) -> float:
+        """How many of a selection make up the mini-batch of all processes: what the mean over the selection is divided by."""
+        if isinstance(selection, int):
+            return len(selections)
+        return self.processes.count * sum(map(len, selections)) / len(selection)  # pyright: ignore[reportArgumentType]
 
     def batch(self, selection: torch.Tensor | int, coins: Coins | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Inputs, mixed from both streams where there are coins, and targets."""
@@ -59,13 +70,19 @@ class Draw:
             part = self._passes.part(value, selection)
             return part.clone() if isinstance(part, torch.Tensor) else part
         assert not isinstance(value, Parts)
-        return value.packing.unpack(_rows(value.kept, selection)) if isinstance(value, Packed) else _rows(value, selection)
+        kept = _rows(value.kept if isinstance(value, Packed) else value, selection).to(self.device, non_blocking=True)
+        return value.packing.unpack(kept) if isinstance(value, Packed) else kept
 
 
 def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """A mini-batch of a cached value, in its layout: whole samples are contiguous in memory, so that this is a copy of rows."""
     order = (0, 2, 3, 1) if tensor.dim() == 4 else tuple(range(tensor.dim()))
-    picked = torch.index_select(tensor.permute(order).reshape(len(tensor), -1), 0, rows)
+    flat = tensor.permute(order).reshape(len(tensor), -1)
+    if tensor.is_pinned():
+        picked = torch.empty((len(rows), flat.shape[1]), dtype=tensor.dtype, pin_memory=True)
+        torch.index_select(flat, 0, rows, out=picked)
+    else:
+        picked = torch.index_select(flat, 0, rows.to(tensor.device, non_blocking=True))
     shape = [tensor.shape[axis] for axis in order[1:]]
     picked = picked.view(len(rows), *shape)
     return picked.permute(0, 3, 1, 2) if tensor.dim() == 4 else picked

@@ -1,5 +1,6 @@
 """The stages in order, from a float model and samples to a quantization table."""
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,7 @@ from .device import full_float32, pick_device
 from .grids import calibrate, with_biases
 from .importing import imported
 from .islands import find_islands
-from .memory import Room
+from .memory import Room, enough
 from .packing import FLOAT_TYPES
 from .placement import Placement, operand_copies, place, without
 from .plan import Plan, block_rows, make_plan, measured
@@ -34,7 +35,7 @@ class Quantized:
     """What learning hands over: the table, and how it came about.
 
     `import_error` is the worst difference of torch to ONNX Runtime in float, relative to the value's range; `islands` names the nodes that
-    are left to ONNX Runtime, with the reasons.
+    are left to ONNX Runtime, with the reasons; `notes` says what was done otherwise than planned for lack of memory.
     """
 
     table: QuantTable
@@ -47,9 +48,11 @@ class Quantized:
     seconds: Mapping[str, float]
     islands: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
+    notes: tuple[str, ...] = ()
 
 
 @full_float32
+@enough("the calibration or reconstruction")
 def quantize(
     source: SourceModel,
     samples: Samples,
@@ -72,10 +75,12 @@ def quantize(
         UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
         UsageError: a setting names what the model or the machine does not have.
         StorageError: the run folder cannot be written.
+        DeviceMemoryError: the device does not hold a single sample.
     """
     laps = _Laps()
     device = pick_device(config.device)
-    room = Room(expected_memory(source, samples, survey(source, samples, config), config).room_in(config.memory), run and run.path)
+    expected = expected_memory(source, samples, survey(source, samples, config), config)
+    room = Room(expected.room_in(config.memory), run and run.path, math.inf if expected.device is None else expected.device)
     samples = samples.chosen(config.calibration_samples, config.seed)
     types = infer_types(source, samples.shapes, samples.inputs)
     samples = samples.whole(types.batch)
@@ -122,7 +127,9 @@ def quantize(
         if config.bias_correction:
             table = correct_biases(units, placement, table, samples)
     laps.end("reconstruct")
-    return Quantized(table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands, processes.count)
+    return Quantized(
+        table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands, processes.count, tuple(room.notes)
+    )
 
 
 class _Laps:

@@ -45,7 +45,7 @@ def _learn(unit: Unit) -> Learned:
         loss = torch.zeros((), device=device)
         for selection in batches:
             fed, targets = draw.batch(selection, coins)
-            part = loss_of(piece(fed | constants | soft | moved, quantize), targets, draw.shares) / (len(batches) * draw.processes.count)
+            part = loss_of(piece(fed | constants | soft | moved, quantize), targets, draw.shares) / draw.parts(selection, batches)
             if part.requires_grad:
                 part.backward(retain_graph=selection is not batches[-1])  # the batches share the biases
             loss += part.detach()

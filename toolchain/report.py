@@ -53,7 +53,7 @@ def run_report(
                 "sha256": source.sha256,
                 "opset": source.opset,
                 "output": str(output),
-                "notes": list(source.notes),
+                "notes": [*source.notes, *quantized.notes],
             },
             "config": resolved(config, data),
             "conventions": {

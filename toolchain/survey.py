@@ -47,14 +47,13 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
     """What a run will take at its peak, from the shapes of the model's values.
 
     Raises:
-        UsageError: more than the memory budget, or a budget where none can be kept.
+        UsageError: more than the memory budget.
     """
-    if config.memory is not None and pick_device(config.device).type != "cpu":
-        raise UsageError("--memory-budget: bounds the memory of the CPU only; leave it out, or give --device cpu")
     types, blocks = found.types, [row.block for row in found.rows]
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
     size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
-    expected = demand(source, types, blocks, placement, count, config.batch_size, size, FLOAT_TYPES[config.cache_dtype].itemsize)
+    float_bytes, device = FLOAT_TYPES[config.cache_dtype].itemsize, pick_device(config.device)
+    expected = demand(source, types, blocks, placement, count, config.batch_size, size, float_bytes, device)
     expected.room_in(config.memory)
     return expected
 

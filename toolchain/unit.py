@@ -88,6 +88,7 @@ class Unit:
         seed: of the mini-batches and the dropping.
         progress: called now and then.
         processes: those that share the mini-batches.
+        splits: parts of a mini-batch that are learned from one after the other.
     """
 
     piece: TorchBlock
@@ -105,6 +106,7 @@ class Unit:
     seed: int
     progress: Progress
     processes: Processes = ALONE
+    splits: int = 1
 
     def aiming_at(self, outputs: Iterable[str]) -> "Unit":
         """The unit with some of its targets."""
@@ -119,7 +121,9 @@ class Unit:
     def draw(self) -> Draw:
         """Mini-batches, from the start of the unit's random numbers."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
-        return Draw(self.inputs, self.float_inputs, self.targets, self.passes, self.settings.batch_size, generator, self.processes)
+        return Draw(
+            self.inputs, self.float_inputs, self.targets, self.passes, self.settings.batch_size, generator, self.processes, self.splits
+        )
 
     def outcome(self, table: QuantTable) -> tuple[float, dict[str, Value]]:
         """The hard-quantized loss over all samples under a table, and all outputs of the piece."""

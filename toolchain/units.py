@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 
 from .activations import Parts, Piece, TorchModel, Value
 from .baselines.adaquant import adaquant_unit
@@ -24,6 +25,8 @@ from .samples import Samples
 from .source import SourceModel
 from .torch_import import TorchBlock
 from .unit import CurvePoint, Unit, UnitResult, learned_weights
+
+Learner = Callable[[Unit], tuple[UnitResult, dict[str, Value]]]
 
 
 def reconstruct(
@@ -80,7 +83,7 @@ def reconstruct(
                 progress=_unit_progress(progress, name, done, total),
                 processes=processes,
             )
-            result, outputs = learner(config)(unit)
+            result, outputs = _learned(unit, learner(config))
             table = table.updated(result.changes)
             results.append(result)
             if run is not None:
@@ -94,7 +97,21 @@ def reconstruct(
     return table, tuple(results)
 
 
-def learner(config: Config) -> Callable[[Unit], tuple[UnitResult, dict[str, Value]]]:
+def _learned(unit: Unit, learn: Learner) -> tuple[UnitResult, dict[str, Value]]:
+    """Learn a unit; where the device's memory does not hold a mini-batch, once more from the start with parts of half the size."""
+    while True:
+        try:
+            return learn(unit)
+        except torch.OutOfMemoryError:
+            splits = 2 * unit.splits
+            if splits > min(unit.settings.batch_size, unit.passes.count) or unit.processes.count > 1:
+                raise
+        unit = replace(unit, splits=splits)
+        name = unit.piece.block.name
+        unit.passes.room.note(f"unit {name}: a mini-batch did not fit the device's memory: it was learned from in {splits} parts")
+
+
+def learner(config: Config) -> Learner:
     """What learns a unit."""
     return {"adaquant": adaquant_unit, "bit-split": split_unit}.get(config.algorithm, reconstruct_unit)
 
