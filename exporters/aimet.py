@@ -6,6 +6,7 @@ An encoding counts codes from 0: x = (q + offset) * scale with q in 0 .. 2^bw - 
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -89,34 +90,59 @@ def with_rounded_weights(model: onnx.ModelProto, table: QuantTable) -> onnx.Mode
     return rounded
 
 
-def from_aimet(data: Mapping[str, Any], constants: Mapping[str, np.ndarray], axes: Mapping[str, int], where: str) -> QuantTable:
-    """Read encodings of version 1.0.0 or 0.6.1; weights get the codes of rounding to nearest.
+def from_aimet(
+    data: Mapping[str, Any],
+    constants: Mapping[str, np.ndarray],
+    axes: Mapping[str, int],
+    where: str,
+    left_out: AbstractSet[str] = frozenset(),
+) -> QuantTable:
+    """Read encodings of version 1.0.0 or 0.6.1; weights, and other constants, get the codes of rounding to nearest.
 
     Args:
         data: the parsed JSON.
         constants: the model's constants by name.
         axes: the channel axis of each weight by name.
         where: names the file in messages.
+        left_out: values whose entries are passed over.
 
     Raises:
         UsageError: a version or an entry that cannot be used.
     """
-    version = data.get("version")
-    if version not in (VERSION, "0.6.1"):
-        raise UsageError(f"{where}: AIMET encodings of version {version} are not read; export them as version 1.0.0")
     table: dict[str, TensorQuant] = {}
     try:
-        for kind in ("activation_encodings", "param_encodings"):
-            group = data[kind]
-            entries = group if version == VERSION else [_modern(name, rows) for name, rows in group.items()]
+        for kind, entries in _entries(data, where).items():
             for entry in entries:
-                if entry["dtype"] == "INT" and entry["bw"] < BIAS_BITS:
+                if entry["dtype"] == "INT" and entry["bw"] < BIAS_BITS and entry["name"] not in left_out:
                     table[entry["name"]] = _grid(entry, constants.get(entry["name"]), axes, is_weight=kind == "param_encodings")
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UsageError(f"{where}: is not a file of AIMET encodings ({type(error).__name__}: {error})") from error
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
     return QuantTable(table)
+
+
+def entries_of(data: Mapping[str, Any], where: str) -> frozenset[str]:
+    """The values that encodings are of.
+
+    Raises:
+        UsageError: as `from_aimet`.
+    """
+    return frozenset(entry["name"] for entries in _entries(data, where).values() for entry in entries)
+
+
+def _entries(data: Mapping[str, Any], where: str) -> dict[str, list[dict[str, Any]]]:
+    """The entries by kind, in the form of version 1.0.0."""
+    version = data.get("version")
+    if version not in (VERSION, "0.6.1"):
+        raise UsageError(f"{where}: AIMET encodings of version {version} are not read; export them as version 1.0.0")
+    kinds = ("activation_encodings", "param_encodings")
+    try:
+        if version == VERSION:
+            return {kind: list(data[kind]) for kind in kinds}
+        return {kind: [_modern(name, rows) for name, rows in data[kind].items()] for kind in kinds}
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f"{where}: is not a file of AIMET encodings ({type(error).__name__}: {error})") from error
 
 
 def _modern(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
@@ -141,6 +167,6 @@ def _grid(entry: Mapping[str, Any], constant: np.ndarray | None, axes: Mapping[s
         raise ValueError(f"the {len(scale)} scales of {name!r} do not fit its channels")
     spec = QuantSpec(bits, signed, symmetric, axis)
     grid = TensorQuant(spec, scale if axis is not None else scale[0], zero_point if axis is not None else zero_point[0])
-    if constant is None or not is_weight:
+    if constant is None:
         return grid
     return TensorQuant(spec, grid.scale, grid.zero_point, quantize(constant, grid))

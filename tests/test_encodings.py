@@ -20,6 +20,7 @@ from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.encodings import Encodings, dumps, loads
 from toolchain.errors import ExportError, UsageError
+from toolchain.float_operators import float_operators
 from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantSpec, QuantTable, TensorQuant
 from toolchain.scheme import TARGETS
@@ -162,6 +163,9 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     other = invoke("export", model, table, "--target", "tensorrt", "-o", tmp_path / "trt.onnx")
     assert "learned for ort-cpu; tensorrt would have learned under other rules:" in other.output
     assert "activation symmetric: False -> True" in other.output
+    assert other.exit_code == 9  # written all the same
+    assert "but tensorrt refuses it: uint8 is read as int8" in other.output
+    assert (tmp_path / "trt.onnx").exists()
     small = invoke("export", model, table, "--storage", "small", "-o", tmp_path / "small.onnx")
     assert small.exit_code == 0, small.output
     assert (tmp_path / "small.onnx").stat().st_size < (tmp_path / "again.onnx").stat().st_size
@@ -172,7 +176,8 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     pair = invoke("export", model, table, "--format", "aimet", "-o", tmp_path / "pair.onnx")
     assert pair.exit_code == 0, pair.output
     imported = invoke("export", tmp_path / "pair.onnx", tmp_path / "pair.encodings", "--target", "qnn", "-o", tmp_path / "qnn.onnx")
-    assert imported.exit_code == 0, imported.output
+    assert imported.exit_code == 9, imported.output
+    assert "but qnn refuses it: it makes a graph output in float" in imported.output
     quantizers = {node.name for node in onnx.load(tmp_path / "qnn.onnx").graph.node}
     assert {f"{name}_QuantizeLinear" for name in loads(table.read_text(), "").table.copies} <= quantizers
     refused = invoke("export", tmp_path / "pair.onnx", table, "-o", tmp_path / "no.onnx")
@@ -187,3 +192,53 @@ def test_float_biases_come_back_for_targets_that_want_them(tmp_path: Path) -> No
     exported = export_qdq(source.model, table, scheme=TARGETS["openvino"])
     kinds = {t.data_type for t in exported.graph.initializer if t.name.endswith("_b") or t.name.endswith("_b_quantized")}
     assert kinds == {onnx.TensorProto.FLOAT}
+
+
+def foreign(data: dict[str, Any], table: QuantTable) -> dict[str, Any]:
+    """Encodings as other tools write them: none of biases, or of what is only moved; one of a constant that is folded away."""
+    kept = {name for name, grid in table.tensors.items() if grid.tied_to is None and grid.spec.bits < 32}
+    groups = {kind: [e for e in data[kind] if e["name"] in kept] for kind in ("activation_encodings", "param_encodings")}
+    groups["activation_encodings"].append({**groups["activation_encodings"][0], "name": "folded"})
+    return {**data, **groups}
+
+
+def test_what_other_tools_leave_unsaid_is_completed(tmp_path: Path) -> None:
+    """Encodings of layers alone make the file that the whole table makes, with integer kernels and int32 biases."""
+    source, _, table = learned(tmp_path, zoo.tiny_resnet(), weight_bits=8, activation_bits=8)
+    model = aimet.with_rounded_weights(source.model, table)
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "one"))
+    model.graph.node.insert(0, onnx.helper.make_node("Neg", ["one"], ["folded"]))
+    onnx.save(model, tmp_path / "pair.onnx")
+    (tmp_path / "pair.encodings").write_text(json.dumps(foreign(aimet.to_aimet(table), table)))
+    done = invoke("export", tmp_path / "pair.onnx", tmp_path / "pair.encodings", "-o", tmp_path / "made.onnx")
+    assert done.exit_code == 0, done.output
+    assert "loading folds these values away: folded" in done.output
+    made, whole = onnx.load(tmp_path / "made.onnx").graph, export_qdq(source.model, table).graph
+    assert [node.name for node in made.node] == [node.name for node in whole.node]
+    assert not runtime_floats(tmp_path / "made.onnx")
+    ours, theirs = ({t.name: numpy_helper.to_array(t) for t in graph.initializer} for graph in (made, whole))
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array)
+
+
+def runtime_floats(path: Path) -> list[str]:
+    return [row.node for row in float_operators(runtime.optimized(path))]
+
+
+def test_the_grid_of_a_graph_output_is_left_where_the_target_has_it_in_float(tmp_path: Path) -> None:
+    source, _, table = learned(tmp_path, zoo.tiny_resnet(), target="qnn", weight_bits=8, activation_bits=8)
+    (output,) = source.graph.outputs
+    assert output in table
+    graph = export_qdq(source.model, table, scheme=TARGETS["ort-cpu"]).graph
+    assert f"{output}_QuantizeLinear" not in {node.name for node in graph.node}
+    made = {value for node in graph.node for value in node.output}
+    assert output in made
+
+
+def test_constants_that_are_no_weights_get_codes() -> None:
+    entry = {"name": "c", "dtype": "INT", "enc_type": "PER_TENSOR", "bw": 8, "is_sym": False, "scale": [0.5], "offset": [-2]}
+    data = {"version": "1.0.0", "activation_encodings": [entry], "param_encodings": []}
+    found = aimet.from_aimet(data, {"c": np.array([0.0, 1.0, 500.0], np.float32)}, {}, "file")["c"]
+    assert found.codes is not None
+    np.testing.assert_array_equal(found.codes, [2, 4, 255])

@@ -11,12 +11,15 @@ from .activations import TorchModel, observed, run_piece
 from .baselines import aciq, lapq
 from .calibration import NORM, Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
+from .float_reasons import float_bias_reason
+from .flow import Flow
 from .partition import Block
 from .placement import Bias, Placement, without
 from .progress import Progress
 from .quant_table import BIAS_BITS, QuantSpec, QuantTable, TensorQuant
 from .quant_table import quantize as encode
 from .samples import Samples
+from .scheme import Scheme
 from .source import SourceModel
 
 
@@ -145,6 +148,31 @@ def with_biases(
             for name, bias in biases_of(placement, block).items()
         }
     )
+
+
+def completed(source: SourceModel, table: QuantTable, scheme: Scheme) -> QuantTable:
+    """What other tools leave unsaid: values that are moved only repeat the grid of their origin, and biases follow from inputs and weights.
+
+    Biases become int32 codes, except of more than 2^31 steps, and where the target has them in float.
+    """
+    graph = source.with_copies(table.copies).graph
+    values = frozenset(value for node in graph.nodes for value in node.outputs)
+    flow = Flow(source, values, frozenset(), scheme, frozenset(table.copies))
+    found = dict(table.tensors)
+    for node in graph.nodes:
+        if flow.moves(node) and node.inputs[0] in found and node.outputs[0] not in {*found, *graph.outputs}:
+            origin = found[node.inputs[0]]
+            found[node.outputs[0]] = replace(origin, tied_to=origin.tied_to or node.inputs[0], copy=None)
+    for node in graph.weighted if scheme.bias != "float" else ():
+        weight, bias = graph.weight(node), graph.bias(node)
+        if weight is None or bias is None or bias in found or not {weight, node.inputs[0]} <= found.keys():
+            continue
+        if float_bias_reason(source, node, bias) is None:
+            grid = calibrate_bias(source.constants[bias], found[weight], np.float32(found[node.inputs[0]].scale), BIAS_BITS)
+            assert grid.codes is not None
+            if np.abs(grid.codes).max(initial=0) < grid.spec.qmax:
+                found[bias] = grid
+    return QuantTable(found)
 
 
 def retied(placement: Placement, table: QuantTable) -> QuantTable:

@@ -265,6 +265,13 @@ def infer_types(
     )
 
 
+def folded_values(source: SourceModel, original: onnx.ModelProto) -> frozenset[str]:
+    """The values of the file that a model was loaded from which it has no more; copies (Identity) are not among them."""
+    made = {value for node in original.graph.node if node.op_type != "Identity" for value in node.output}
+    made |= {tensor.name for tensor in original.graph.initializer}
+    return frozenset(made - {*source.constants, *source.graph.inputs, *source.graph.producer})
+
+
 def opened(source: SourceModel) -> onnx.ModelProto:
     """A copy of the model whose inputs declare an open sample axis, and nothing else of its values."""
     model = onnx.ModelProto()

@@ -1,17 +1,22 @@
 """`mrecg-onnx export`: a finished table for another target, without learning again."""
 
+from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from ..errors import UsageError, near_misses
+from ..errors import TargetRuleError, UsageError, near_misses
 from ..scheme import TARGETS
 from .endings import reported
 from .files import check_loads, check_output
 from .options import EXIT_CODES, PATH
+
+if TYPE_CHECKING:
+    import onnx
 
 
 @click.command(epilog=EXIT_CODES, short_help="Write a learned table for another target.")
@@ -49,7 +54,7 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     from .. import encodings
     from ..normalise import read
     from ..scheme import scheme_for
-    from ..source import load_source
+    from ..source import folded_values, load_source
 
     try:
         text = table_file.read_text(encoding="utf-8")
@@ -59,8 +64,12 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     learned_for = None
     if '"activation_encodings"' in text:
         axes = {weight: source.channel_axis(node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
-        table = aimet.from_aimet(aimet.loads(text, str(table_file)), source.constants, axes, str(table_file))
-        table = aimet.with_copies(read(model), table)
+        whole, data = read(model), aimet.loads(text, str(table_file))
+        folded = aimet.entries_of(data, str(table_file)) & folded_values(source, whole)
+        if folded:
+            console.print(f"left out, since loading folds these values away: {escape(', '.join(sorted(folded)))}")
+        table = aimet.from_aimet(data, source.constants, axes, str(table_file), folded)
+        table = aimet.with_copies(whole, table)
     else:
         loaded = encodings.loads(text, str(table_file))
         table, learned_for = loaded.table, loaded.target
@@ -83,8 +92,23 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
         write_text(aimet.dumps(table), place)
         console.print(f"wrote {escape(str(output))} and {escape(str(place))}")
         return
+    if learned_for is None:
+        from ..grids import completed
+
+        table = completed(source, table, scheme)
     metadata = {"version": __version__, "source_sha256": source.sha256, "target": scheme.name, "learned_for": learned_for or "another tool"}
     exported = export_qdq(source.model, table, metadata, scheme)
     check_loads(exported)
     write_model(exported, output)
     console.print(f"wrote {escape(str(output))} for {scheme.name}")
+    _check_rules(exported, scheme.name, output)
+
+
+def _check_rules(exported: "onnx.ModelProto", target: str, output: Path) -> None:
+    """Say that the runtime which a file is for would not take it, because its grids were learned under other rules."""
+    from exporters import check
+
+    broken = Counter(v.rule for v in check.check(exported, target) if v.is_error) if target in check.CHECKED else Counter[str]()
+    if broken:
+        rules = "; ".join(f"{rule} ({count} {'node' if count == 1 else 'nodes'})" for rule, count in broken.most_common())
+        raise TargetRuleError(f"{output}: is written, but {target} refuses it: {rules}; quantize with --target {target} instead")
