@@ -204,3 +204,16 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert last[0] == "reconstructing b03"
     assert last[1] == last[2]
     assert [c[1] for c in calls if c[0].startswith("recon")] == sorted(c[1] for c in calls if c[0].startswith("recon"))
+
+
+def test_a_unit_ends_once_its_rounding_is_decided(tmp_path: Path) -> None:
+    """Up to there it is the same run: decided weights stay, and the points of the curve that there are do not change."""
+    whole, early = (run(tmp_path, iterations=120, early_stop=share) for share in (None, 0.9))
+    first, short = whole.results[0], early.results[0]
+    assert first.iterations == 120
+    assert short.iterations == short.curve[-1].iteration + 1 < 120
+    assert [p.loss for p in short.curve] == [p.loss for p in first.curve[: len(short.curve)]]
+    assert short.curve[-1].decided >= 0.9 > max(point.decided for point in short.curve[:-1])
+    names = [name for name, grid in first.changes.items() if grid.codes is not None and grid.spec.bits <= 8]
+    same = [np.asarray(first.changes[name].codes) == np.asarray(short.changes[name].codes) for name in names]
+    assert np.mean(np.concatenate([s.ravel() for s in same])) > 0.9  # only what was open may still have moved

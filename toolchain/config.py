@@ -40,6 +40,7 @@ class Settings:
         round_weight: weight of the rounding regulariser (the papers' lambda).
         warmup: share of the iterations without regulariser.
         beta_start, beta_end: the regulariser's exponent, annealed linearly after the warm-up.
+        early_stop: share of decided roundings at which a unit is done; None for never.
     """
 
     iterations: int = 20000
@@ -52,6 +53,7 @@ class Settings:
     warmup: float = 0.2
     beta_start: float = 20.0
     beta_end: float = 2.0
+    early_stop: float | None = None
 
 
 def option(default: Any, help_text: str, section: str, **bounds: Any) -> Any:
@@ -193,6 +195,14 @@ class Config:
     warmup: float = option(0.2, "Share of the iterations before the rounding regulariser sets in.", "reconstruction", low=0.0, high=1.0)
     beta_start: float = option(20.0, "First exponent of the rounding regulariser.", "reconstruction", low=1.0)
     beta_end: float = option(2.0, "Last exponent of the rounding regulariser.", "reconstruction", low=1.0)
+    early_stop: float | None = option(
+        None,
+        "End a unit once this share of its roundings is decided, looked at 40 times in its iterations; the rest is rounded as it tends. "
+        "Default: never.",
+        "reconstruction",
+        low=0.5,
+        high=1.0,
+    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -303,6 +313,7 @@ class Config:
             warmup=self.warmup,
             beta_start=self.beta_start,
             beta_end=self.beta_end,
+            early_stop=self.early_stop,
         )
 
 

@@ -23,7 +23,7 @@ _DECIDED = 0.95  # |2h - 1| above which a rounding counts as decided before it i
 def reconstruct_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
     """Learn the rounding of a unit's weights, its biases and the steps of the activations it makes."""
     unit = unit.aiming_at(unit.piece.block.learned_outputs)
-    return learned_unit(unit, lambda _: _learn(unit), unit.settings.iterations)
+    return learned_unit(unit, lambda _: _learn(unit))
 
 
 def _learn(unit: Unit) -> Learned:
@@ -65,6 +65,8 @@ def _learn(unit: Unit) -> Learned:
             value, regulariser, decided = state.tolist()  # the only wait for the device
             curve.append(CurvePoint(iteration, value, regulariser, math.nan if beta is None else beta, decided))
             unit.progress(iteration + 1, settings.iterations, value)
+            if beta is not None and settings.early_stop is not None and decided >= settings.early_stop:
+                break  # a weight at one of its ends has no gradient: what is decided stays
     learned = table.updated(rounding.hard_codes(table) | steps.grids())
     return Learned(unit.finish(learned, biases.arrays()), tuple(curve), rounding.undecided())
 

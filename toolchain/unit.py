@@ -141,13 +141,12 @@ class Learned(NamedTuple):
     refusal: str | None = None
 
 
-def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations: int) -> tuple[UnitResult, dict[str, Value]]:
+def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned]) -> tuple[UnitResult, dict[str, Value]]:
     """Learn a unit, and keep the better of what it had and what it learned.
 
     Args:
         unit: the unit.
         learn: from the finished table to start with.
-        iterations: for the result.
 
     Returns:
         The result, whose `changes` make the better of the two tables, and the unit's outputs in the quantized stream under that table.
@@ -169,7 +168,7 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned], iterations:
         loss_before=loss_before,
         loss_after=loss_after,
         kept="learned" if is_better else "initial",
-        iterations=iterations,
+        iterations=curve[-1].iteration + 1 if curve else 1,
         seconds=time.perf_counter() - started,
         flipped=float(flipped / sum(unit.floats[name].size for name in unit.weights)),
         undecided=undecided,

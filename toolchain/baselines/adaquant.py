@@ -48,7 +48,7 @@ class _Round(torch.autograd.Function):
 def adaquant_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
     """Learn a layer."""
     layer = Layer.of(unit)
-    return learned_unit(layer.unit, lambda start: _learn(layer, start), unit.settings.iterations)
+    return learned_unit(layer.unit, lambda start: _learn(layer, start))
 
 
 def _learn(layer: Layer, table: QuantTable) -> Learned:

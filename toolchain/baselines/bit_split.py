@@ -113,7 +113,7 @@ def split_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
             return Learned(start, (), None, f"not split: {moments}")
         return Learned(_split(layer, start, moments), (), None)
 
-    return learned_unit(layer.unit, learn, 1)
+    return learned_unit(layer.unit, learn)
 
 
 @torch.no_grad()
