@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,13 +11,14 @@ import pytest
 from exporters import export_qdq
 from tests import zoo
 from toolchain import runtime
-from toolchain.config import Config
-from toolchain.diagnosis import Diagnosis, diagnose
+from toolchain.config import Config, DataConfig, dump_config
+from toolchain.diagnosis import Diagnosis, LayerError, diagnose
 from toolchain.errors import UsageError
 from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable
 from toolchain.quant_table import quantize as encode
 from toolchain.source import SourceModel
+from toolchain.suggestions import suggestions
 from toolchain.validation import sqnr
 
 SAMPLES = zoo.images(16)
@@ -47,8 +49,9 @@ def test_the_wrecked_layer_is_found(case: tuple[SourceModel, QuantTable, Diagnos
     assert found.layers[0].node == culprit
     assert found.layers[0].share > 0.7
     assert found.layers[0].added < found.layers[1].added - 5
-    assert found.suggestions[0].startswith(f"--keep-float '{culprit}'")
-    assert any("adds" in text and "most of it by its weight" in text for text in found.suggestions)
+    assert any(culprit in text and "gains" in text for text in suggestions(found))
+    assert culprit in found.together[0]
+    assert found.float_weights > found.float_activations + 3  # it is a weight that is wrecked
     later = next(layer for layer in found.layers if layer.node == source.graph.weighted[3].name)
     assert later.total < later.added - 3  # what comes after only passes the error on
 
@@ -66,6 +69,73 @@ def test_gains_are_those_of_a_file_without_that_layer(case: tuple[SourceModel, Q
             continue  # the Flatten before it carries codes already
         without = QuantTable({name: grid for name, grid in table.tensors.items() if name not in own})
         assert layer.gain == pytest.approx(output_sqnr(source, without) - whole, abs=0.3)
+
+
+def test_float_weights_and_float_activations_are_tables_without_the_others(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
+    source, table, found = case
+    constants = {name for node in source.graph.weighted for name in (source.graph.weight(node), source.graph.bias(node)) if name}
+    activations = QuantTable({name: grid for name, grid in table.tensors.items() if name not in constants})
+    assert found.float_weights == pytest.approx(output_sqnr(source, activations), abs=0.1)
+    weights = onnx.ModelProto()
+    weights.CopyFrom(source.model)
+    for tensor in weights.graph.initializer:
+        if tensor.name in constants:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(table[tensor.name].dequantized().astype(np.float32), tensor.name))
+    floats, made = (runtime.run(runtime.session(m), SAMPLES.inputs) for m in (source.model, weights))
+    assert found.float_activations == pytest.approx(min(sqnr(floats[name], made[name]) for name in floats), abs=0.01)
+
+
+def test_several_layers_are_freed_at_once(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
+    _, _, found = case
+    names, gain = found.together
+    assert len(names) == 3
+    alone = {layer.node: layer.gain for layer in found.layers}
+    assert gain > max(alone[name] or 0.0 for name in names)
+    assert [alone[name] for name in names] == sorted((g for g in alone.values() if g is not None), reverse=True)[:3]
+
+
+def layer(node: str, **facts: Any) -> LayerError:
+    fields: dict[str, Any] = {"op_type": "Conv", "value": node, "added": 20.0, "total": 15.0, "share": 0.1, "weight": 20.0, "input": 20.0}
+    return LayerError(node, **(fields | {"clipped": 0.0, "clip_noise": 0.0} | facts))
+
+
+def diagnosis(*layers: LayerError, **facts: Any) -> Diagnosis:
+    settings = {"weight-bits": 4, "activation-bits": 4, "algorithm": "qdrop", "preset": "default"} | facts.pop("settings", {})
+    found = Diagnosis(16, {"y": 10.0}, 11.0, 12.0, layers, ((), 0.0), settings)
+    return replace(found, **facts)
+
+
+def test_suggestions_are_flags_with_their_reasons() -> None:
+    """Each follows from what was measured and from how the file was made."""
+    coarse = [layer("a", input=10.0), layer("b", input=12.0)]
+    (text,) = suggestions(diagnosis(*coarse))
+    assert text.startswith("-p w4a8: 89 % of the rounding noise")
+    assert "gains 2.0 dB when all activations are float" in text
+    (text,) = suggestions(diagnosis(*coarse, settings={"weight-bits": 8, "activation-bits": 8}, float_activations=9.0))
+    assert text.startswith("-p w8a16")
+    assert "compute in float" in text
+    assert "gains" not in text  # learned weights make up for the rounding of activations: nothing is gained without it
+    first, *_ = suggestions(diagnosis(*coarse, settings={"algorithm": "mse"}))
+    assert first.startswith("--algorithm qdrop: the weights were rounded to nearest (mse)")
+    assert suggestions(diagnosis(*coarse, settings={"iterations": 60}))[-1].startswith("--preset default, or best")
+    gaining = [layer("a/b (c)", gain=1.0), layer("d", gain=0.7)]
+    (text,) = suggestions(diagnosis(*gaining, together=(("a/b (c)", "d"), 1.8)))
+    assert text.startswith("--bits 'a/b (c)=w8a8' --bits d=w8a8: the output gains 1.8 dB")
+    eight = {"weight-bits": 8, "activation-bits": 8}
+    (text,) = suggestions(diagnosis(*gaining[1:], settings=eight))
+    assert text.startswith("--keep-float d: the output gains 0.7 dB when this layer alone is float")
+    (text,) = suggestions(diagnosis(layer("e", share=0.6, weight=19.0)))
+    assert "it adds 60 % of all noise, most of it by its weight" in text
+    (text,) = suggestions(diagnosis(layer("f", clipped=0.05)))
+    assert "5.0 % of the input of f lies beyond its grid" in text
+    assert suggestions(diagnosis(layer("g"))) == []
+
+
+def test_a_file_says_how_it_was_made(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
+    source, table, found = case
+    assert found.settings == {}
+    text = dump_config(Config(algorithm="mse"), DataConfig())
+    assert diagnose(source, export_qdq(source.model, table, {"config": text}), SAMPLES, tried=0).settings["algorithm"] == "mse"
 
 
 def test_parts_of_the_added_error(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:

@@ -3,11 +3,14 @@
 Two numbers tell layers that make errors from layers that only pass them on. The *total* error of a value is that of the file as it runs.
 The *added* error is that of the same operators when the quantizers in front of them read the float model's values: the file is cut at every
 QuantizeLinear and fed from the float model, so that nothing is inherited. For the layers that add most, the file is run once more with that
-layer float and everything else as it is: what that gains is what `--keep-float` would.
+layer float and everything else as it is: what that gains is what `--keep-float` would. Two more runs, one with all weights float and one
+with all activations, tell which of the two make the noise.
 """
 
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,9 +26,7 @@ from .source import SourceModel
 from .validation import sqnr
 
 _FED = "__float"
-_WORTH_KEEPING = 0.5  # dB of the output that leaving one layer float must gain to be suggested
-_CLIPPED = 0.02  # share of an activation beyond its grid from which its range is questioned; ranges of least error clip some on purpose
-_DOMINANT = 0.25  # share of all added noise from which one layer counts as the culprit
+_MOST_TOGETHER = 3  # layers that are run float at the same time
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class LayerError:
         weight: of the weight alone; None where it is not quantized.
         input: of the layer's input on its grid alone; None where it has none.
         clipped: share of the input beyond its grid, 0 to 1.
+        clip_noise: share of the noise of the input on its grid that those values make, 0 to 1.
         gain: what the worst output gains, in dB, when this layer alone is float; None where it was not tried.
     """
 
@@ -54,17 +56,30 @@ class LayerError:
     weight: float | None
     input: float | None
     clipped: float
+    clip_noise: float
     gain: float | None = None
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All layers, those that add most first; `outputs` has the SQNR of each graph output; `suggestions` are flags to try, with reasons."""
+    """What was measured of a file. Ratios in dB are those of the worst output.
+
+    Attributes:
+        samples: how many it was run on.
+        outputs: signal to noise of each graph output.
+        float_weights, float_activations: of the worst output when all weights and biases, or all activations, are float.
+        layers: those that add most first.
+        together: the layers whose gains are largest, and what they gain when all of them are float; empty where fewer than two gain.
+        settings: those that the file was made with, as its metadata has them; empty where there are none.
+    """
 
     samples: int
     outputs: Mapping[str, float]
+    float_weights: float
+    float_activations: float
     layers: tuple[LayerError, ...]
-    suggestions: tuple[str, ...]
+    together: tuple[tuple[str, ...], float]
+    settings: Mapping[str, Any]
 
 
 def diagnose(
@@ -101,13 +116,28 @@ def diagnose(
     layers = _layers(source, quantized, quantizers, floats, added, total)
     finals = {name: total[name] for name in outputs if name in total}
     worst = min(finals.values(), default=float("inf"))
-    for position, layer in enumerate(layers[:tried]):
-        changed = _with_float_layer(source, quantized, quantizers, layer.node)
+
+    def output_of(changed: onnx.ModelProto) -> float:
         found = _exposed(changed, samples.inputs, list(finals))
-        gain = min((sqnr(floats[name], found[name]) for name in finals), default=worst) - worst
-        layers[position] = LayerError(**{**vars(layer), "gain": float(gain)})
+        return float(min((sqnr(floats[name], found[name]) for name in finals), default=worst))
+
+    def gain_of(names: Sequence[str]) -> float:
+        return output_of(_with_float_layers(source, quantized, quantizers, names)) - worst
+
+    for position, layer in enumerate(layers[:tried]):
+        layers[position] = replace(layer, gain=gain_of([layer.node]))
         progress(position + 1, min(tried, len(layers)))
-    return Diagnosis(samples.count, finals, tuple(layers), tuple(_suggestions(layers)))
+    gaining = sorted((layer for layer in layers if layer.gain is not None and layer.gain > 0), key=lambda layer: -(layer.gain or 0))
+    names = tuple(layer.node for layer in gaining[:_MOST_TOGETHER])
+    return Diagnosis(
+        samples.count,
+        finals,
+        output_of(_with_float_weights(source, quantized)),
+        output_of(_with_float_activations(source, quantized)),
+        tuple(layers),
+        (names, gain_of(names)) if len(names) > 1 else ((), 0.0),
+        _settings(quantized),
+    )
 
 
 def _copies(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, Copy]:
@@ -199,13 +229,12 @@ def _layers(
         if value is None or weight is None:
             continue
         own = sqnr(source.constants[weight], dequantized[weight]) if weight in dequantized else None
-        operand, clipped = fitted.get(node.inputs[0], (None, 0.0))
-        rows.append((node, value, own, operand, clipped))
+        rows.append((node, value, own, *fitted.get(node.inputs[0], (None, 0.0, 0.0))))
     noise = {value: 10 ** (-added[value] / 10) for _, value, *_ in rows}
     whole = sum(noise.values()) or 1.0
     layers = [
-        LayerError(node.name, node.op_type, value, added[value], total[value], noise[value] / whole, own, operand, clipped)
-        for node, value, own, operand, clipped in rows
+        LayerError(node.name, node.op_type, value, added[value], total[value], noise[value] / whole, own, operand, clipped, clip_noise)
+        for node, value, own, operand, clipped, clip_noise in rows
     ]
     return sorted(layers, key=lambda layer: (layer.added, layer.node))
 
@@ -230,8 +259,11 @@ def _measured_at(source: SourceModel, node: Node, added: Mapping[str, float]) ->
     return value
 
 
-def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.ndarray) -> tuple[float, float]:
-    """Signal to noise of values on their grid alone, and the share that it clips; bounds that stand for a Relu or Clip clip nothing."""
+def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.ndarray) -> tuple[float, float, float]:
+    """Signal to noise of values on their grid alone, the share that it clips, and the share of the noise that is theirs.
+
+    Bounds that stand for a Relu or Clip clip nothing.
+    """
     constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
     scale, zero_point = (numpy_helper.to_array(constants[name]) for name in quantizer.input[1:3])
     name = quantizer.name.removesuffix("_QuantizeLinear")
@@ -245,65 +277,89 @@ def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.n
     codes = np.rint(values.astype(np.float32) / scale) + zero_point.astype(np.float32)
     clipped = np.clip(codes, low, high) if low is not None and high is not None else codes
     back = (clipped - zero_point.astype(np.float32)) * scale
-    return sqnr(values, back), float((codes != clipped).mean())
+    noise = np.square((values - back).astype(np.float64))
+    return sqnr(values, back), float((codes != clipped).mean()), float(noise[codes != clipped].sum() / max(noise.sum(), 1e-300))
 
 
-def _with_float_layer(
-    source: SourceModel, quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], name: str
-) -> onnx.ModelProto:
-    """The file with one layer's weight, bias and input unquantized. What the input inherits from the layers before stays."""
-    graph = source.graph
-    node = next(node for node in graph.weighted if node.name == name)
+def _with_float_weights(source: SourceModel, quantized: onnx.ModelProto) -> onnx.ModelProto:
+    """The file with the weights and biases of all layers as the float model has them."""
     changed = onnx.ModelProto()
     changed.CopyFrom(quantized)
-    position, target = next((i, n) for i, n in enumerate(changed.graph.node) if n.name == name)
+    targets = {node.name: node for node in changed.graph.node}
+    for node in source.graph.weighted:
+        if node.name in targets:
+            _restore_constants(source, node, changed, targets[node.name])
+    del changed.graph.value_info[:]
+    return changed
+
+
+def _with_float_activations(source: SourceModel, quantized: onnx.ModelProto) -> onnx.ModelProto:
+    """The float model with the weights and biases of the file."""
+    made = {value for node in quantized.graph.node for value in node.output}
+    constants = [name for node in source.graph.weighted for name in node.inputs if name in source.constants and name in made]
+    values = _exposed(quantized, _first_feeds(source, quantized), list(dict.fromkeys(constants))) if constants else {}
+    changed = onnx.ModelProto()
+    changed.CopyFrom(source.model)
+    for tensor in changed.graph.initializer:
+        if tensor.name in values:
+            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values[tensor.name]), tensor.name))
+    return changed
+
+
+def _settings(quantized: onnx.ModelProto) -> dict[str, Any]:
+    """The configuration in a file's metadata."""
+    text = next((entry.value for entry in quantized.metadata_props if entry.key == "mrecg_onnx.config"), "")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}
+
+
+def _restore_constants(source: SourceModel, node: Node, changed: onnx.ModelProto, target: onnx.NodeProto) -> None:
+    """Let a layer of a file read its weight and bias from the float model."""
+    present = {tensor.name for tensor in changed.graph.initializer}
     for index, value in enumerate(node.inputs):
-        if value in graph.constants and target.input[index] == value:
-            tensor = numpy_helper.from_array(np.ascontiguousarray(source.constants[value]), value + _FED)
-            changed.graph.initializer.append(tensor)
+        if value in source.graph.constants and index < len(target.input) and target.input[index] == value:
+            if value + _FED not in present:
+                tensor = numpy_helper.from_array(np.ascontiguousarray(source.constants[value]), value + _FED)
+                changed.graph.initializer.append(tensor)
+                present.add(value + _FED)
             target.input[index] = value + _FED
+
+
+def _with_float_layers(
+    source: SourceModel, quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], names: Sequence[str]
+) -> onnx.ModelProto:
+    """The file with the weights, biases and inputs of some layers unquantized. What an input inherits from the layers before stays."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(quantized)
+    for name in names:
+        _free_layer(source, changed, quantizers, name)
+    del changed.graph.value_info[:]
+    return changed
+
+
+def _free_layer(source: SourceModel, changed: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], name: str) -> None:
+    graph = source.graph
+    node = next(node for node in graph.weighted if node.name == name)
+    position, target = next((i, n) for i, n in enumerate(changed.graph.node) if n.name == name)
+    _restore_constants(source, node, changed, target)
     operand = node.inputs[0]
     quantizer = quantizers.get(operand)
-    if quantizer is not None:
-        origin = quantizer.input[0]
-        if origin != operand and operand in graph.producer:  # its Relu or Clip was absorbed by the quantizer: put it back
+    if quantizer is None:
+        return
+    origin = quantizer.input[0]
+    if origin != operand and operand in graph.producer:  # its Relu or Clip was absorbed by the quantizer: put it back
+        restored = operand + _FED
+        if not any(restored in other.output for other in changed.graph.node):
             absorbed = onnx.NodeProto()
             absorbed.CopyFrom(source.node_protos[graph.producer[operand].name])
-            absorbed.name, absorbed.input[0], absorbed.output[0] = f"{operand}{_FED}_node", origin, operand + _FED
+            absorbed.name, absorbed.input[0], absorbed.output[0] = f"{restored}_node", origin, restored
             present = {tensor.name for tensor in changed.graph.initializer}
             for value in absorbed.input[1:]:
                 if value in source.constants and value not in present:
                     changed.graph.initializer.append(numpy_helper.from_array(np.array(source.constants[value]), value))
             changed.graph.node.insert(position, absorbed)
             target = next(n for n in changed.graph.node if n.name == name)
-            origin = operand + _FED
-        target.input[0] = origin
-    del changed.graph.value_info[:]
-    return changed
-
-
-def _suggestions(layers: Sequence[LayerError]) -> list[str]:
-    """What to try next, most promising first."""
-    found = []
-    tried = [layer for layer in layers if layer.gain is not None]
-    best = sorted(
-        (layer for layer in tried if layer.gain is not None and layer.gain >= _WORTH_KEEPING), key=lambda layer: -(layer.gain or 0)
-    )
-    for layer in best[:3]:
-        found.append(f"--keep-float '{layer.node}': the output gains {layer.gain:.1f} dB when this layer alone is float")
-    clipping = [layer for layer in layers if layer.clipped >= _CLIPPED]
-    if clipping:
-        worst = max(clipping, key=lambda layer: layer.clipped)
-        found.append(
-            f"more or more varied calibration samples, or --activation-range minmax: {100 * worst.clipped:.1f} % of the input of "
-            f"{worst.node} lies beyond its grid on these samples ({len(clipping)} layers above {100 * _CLIPPED:g} %)"
-        )
-    dominant = [layer for layer in layers if layer.share >= _DOMINANT]
-    for layer in dominant[:2]:
-        part, flag = "its input", "--activation-bits"
-        if layer.weight is not None and (layer.input is None or layer.weight < layer.input):
-            part, flag = "its weight", "--weight-bits"
-        found.append(f"more bits ({flag}): {layer.node} adds {100 * layer.share:.0f} % of all noise, most of it by {part}")
-    if not dominant and not best and layers:
-        found.append("--preset best, or more bits everywhere: no single layer stands out, the noise is spread over the network")
-    return found
+        origin = restored
+    target.input[0] = origin

@@ -144,21 +144,21 @@ def _losses(report: dict[str, Any], baseline: dict[str, Any] | None) -> str:
 def _capacities(report: dict[str, Any]) -> str:
     merged = [row for row in report["plan"]["boundaries"] if row["merged"]]
     text = f"Parameters times bits of each block, scaled where a stage opens. Units: {escape(report['plan']['why'])}."
-    rows = [_boundary(row) for row in report["plan"]["boundaries"]]
-    columns = ("neighbours", "capacity gap>", "loss drop>", "joined", "why")
-    chosen = table(columns, [_boundary(row) for row in merged]) if merged else "<p>No blocks are joined.</p>"
-    return section("Capacity and units", text, figures.capacities(report), chosen, details("all boundaries", table(columns, rows)))
+    chosen = _boundaries(merged) if merged else "<p>No blocks are joined.</p>"
+    every = details("all boundaries", _boundaries(report["plan"]["boundaries"]))
+    return section("Capacity and units", text, figures.capacities(report), chosen, every)
 
 
-def _boundary(row: dict[str, Any]) -> tuple[str, ...]:
-    drop = row["loss_drop"]
-    return (
-        " | ".join(row["blocks"]),
-        f"{row['capacity_gap']:.3g}",
-        f"{drop:+.4g}" if drop is not None else "",
-        "yes" if row["merged"] else "",
-        row["reason"],
-    )
+def _boundaries(found: list[dict[str, Any]]) -> str:
+    """Capacity gap and, where it was measured, the drop of the loss between neighbours, and why they were joined or not."""
+    measured = any(row["loss_drop"] is not None for row in found)
+    columns = ("neighbours", "capacity gap>", *(["loss drop>"] if measured else []), "joined", "why")
+    rows = []
+    for row in found:
+        drop = "" if row["loss_drop"] is None else f"{row['loss_drop']:+.4g}"
+        joined = "yes" if row["merged"] else ""
+        rows.append((" | ".join(row["blocks"]), f"{row['capacity_gap']:.3g}", *([drop] if measured else []), joined, row["reason"]))
+    return table(columns, rows)
 
 
 def _curves(units: list[dict[str, Any]]) -> str:

@@ -127,6 +127,8 @@ def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
     parts: list[Any] = [table]
     if most is not None and len(facts["layers"]) > most:
         parts.append(Text(f"and {len(facts['layers']) - most} layers that add less; --verbose lists them", style="dim"))
+    halves = [f"{decibel(facts[f'float_{kind}'])} with float {kind}" for kind in ("weights", "activations")]
+    parts.append(Text(f"the output would have {' and '.join(halves)}", style="dim"))
     tries = [("try", escape(text)) for text in facts["suggestions"]] or [("", "nothing stands out")]
     return Group(*parts, _facts(tries))
 

@@ -51,6 +51,7 @@ def diagnose_command(
         from .. import report, terminal
         from ..diagnosis import diagnose
         from ..source import load_source
+        from ..suggestions import suggestions
 
         data = DataConfig(**given(options))
         source = load_source(float_model)
@@ -64,7 +65,14 @@ def diagnose_command(
                 tried,
                 lambda done, total: progress("trying layers in float", done, total, float("nan")),
             )
-        facts = report.finite({"float": str(float_model), "quantized": str(quantized_model), **dataclasses.asdict(result)})
+        facts = report.finite(
+            {
+                "float": str(float_model),
+                "quantized": str(quantized_model),
+                **dataclasses.asdict(result),
+                "suggestions": suggestions(result),
+            }
+        )
         if as_json:
             click.echo(report.as_json(facts), nl=False)
         else:

@@ -1,0 +1,95 @@
+"""Which flags to try next on a file that was diagnosed: each with the reason, and what was measured for it."""
+
+import shlex
+
+from .config import PAPER_ITERATIONS, PRESETS
+from .diagnosis import Diagnosis, LayerError
+
+_WORTH_IT = 0.5  # dB of the output that a suggestion must gain
+_CLIPPED = 0.02  # share of an activation beyond its grid from which its range is questioned; ranges of least error clip some on purpose
+_DOMINANT = 0.25  # share of all added noise from which one layer counts as the culprit
+_NEXT_BITS = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}
+_APART = 2.0  # times the noise of the other from which weights or activations make it
+_TO_NEAREST = ("minmax", "mse", "aciq", "lapq")
+
+
+def suggestions(found: Diagnosis) -> list[str]:
+    """What to try, most promising first; a figure in dB is a gain of the worst output that was measured on this file as it is.
+
+    Learning makes up for what is quantized elsewhere, so that the gain of a new run may be larger, and that of a layer alone smaller.
+    """
+    texts = [*_learning(found), *_bits_of_all(found), *_single_layers(found), *_ranges(found)]
+    iterations = found.settings.get("iterations", PRESETS.get(found.settings.get("preset", ""), PAPER_ITERATIONS))
+    if found.settings.get("algorithm") not in _TO_NEAREST and iterations < PRESETS["default"]:
+        texts.append(f"--preset default, or best: it was learned in {iterations} iterations a unit")
+    return texts
+
+
+def _learning(found: Diagnosis) -> list[str]:
+    algorithm = found.settings.get("algorithm")
+    if algorithm not in _TO_NEAREST or found.settings.get("number-format", "int") != "int":
+        return []
+    return [f"--algorithm qdrop: the weights were rounded to nearest ({algorithm}); learned rounding, steps and biases cost time only"]
+
+
+def _bits_of_all(found: Diagnosis) -> list[str]:
+    """Whether weights or activations are rounded more coarsely, and the next bits for those that are.
+
+    What each grid makes of its own values counts, not what the output gains when the others are float: in a file that was learned, weights
+    and biases make up for the rounding of activations, and the output gets worse without it.
+    """
+    noise = {
+        "weight": sum(10 ** (-layer.weight / 10) for layer in found.layers if layer.weight is not None),
+        "activation": sum(10 ** (-layer.input / 10) for layer in found.layers if layer.input is not None),
+    }
+    kind, other = sorted(noise, key=lambda name: -noise[name])
+    if noise[kind] < _APART * noise[other] or noise[kind] == 0:
+        return []
+    share = noise[kind] / sum(noise.values())
+    part = f"{100 * share:.0f} %" if share < 0.99 else "nearly all"
+    said = f"{part} of the rounding noise of the layers' weights and inputs is that of the {'weights' if kind == 'weight' else 'inputs'}"
+    gain = (found.float_weights if kind == "weight" else found.float_activations) - min(found.outputs.values(), default=float("inf"))
+    if gain >= _WORTH_IT:
+        said += f"; the output gains {gain:.1f} dB when all {kind}s are float"
+    bits = {name: found.settings.get(f"{name}-bits") for name in noise}
+    more = _NEXT_BITS.get(bits[kind]) if isinstance(bits[kind], int) else None
+    if more is None or (kind == "weight" and more > 8):
+        return [] if kind == "weight" and more is not None else [f"more bits for {kind}s: {said}"]
+    wider = bits | {kind: more}
+    cost = "; layers with 16-bit inputs compute in float in ONNX Runtime" if more == 16 else ""
+    return [f"-p w{wider['weight']}a{wider['activation']}: {said}{cost}"]
+
+
+def _single_layers(found: Diagnosis) -> list[str]:
+    """Bits, or float, for the layers that gain most by it."""
+    has_room = any(isinstance(bits := found.settings.get(f"{kind}-bits"), int) and bits < 8 for kind in ("weight", "activation"))
+
+    def flag(node: str) -> str:
+        return f"--bits {shlex.quote(f'{node}=w8a8')}" if has_room else f"--keep-float {shlex.quote(node)}"
+
+    names, together = found.together
+    gains = {layer.node: layer.gain for layer in found.layers if layer.gain is not None and layer.gain >= _WORTH_IT}
+    texts = []
+    if names and together >= _WORTH_IT:
+        texts.append(f"{' '.join(map(flag, names))}: the output gains {together:.1f} dB when these {len(names)} layers are float")
+    elif gains:
+        best = max(gains, key=lambda node: gains[node])
+        texts.append(f"{flag(best)}: the output gains {gains[best]:.1f} dB when this layer alone is float")
+    for layer in [layer for layer in found.layers if layer.share >= _DOMINANT and not any(layer.node in text for text in texts)][:2]:
+        texts.append(f"{flag(layer.node)}: it adds {100 * layer.share:.0f} % of all noise, most of it by {_part(layer)}")
+    return texts
+
+
+def _part(layer: LayerError) -> str:
+    return "its weight" if layer.weight is not None and (layer.input is None or layer.weight < layer.input) else "its input"
+
+
+def _ranges(found: Diagnosis) -> list[str]:
+    clipping = [layer for layer in found.layers if layer.clipped >= _CLIPPED]
+    if not clipping:
+        return []
+    worst = max(clipping, key=lambda layer: layer.clipped)
+    return [
+        f"more or more varied calibration samples, or --activation-range minmax: {100 * worst.clipped:.1f} % of the input of {worst.node} "
+        f"lies beyond its grid on these samples ({len(clipping)} layers above {100 * _CLIPPED:g} %)"
+    ]
