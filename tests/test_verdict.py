@@ -30,6 +30,7 @@ def validated(**changes: Any) -> ValidationReport:
         ({"lost": 200, "won": 100, "top1_quantized": 89.0}, 0.9, True, "no", "the limit is --max-drop 0.9"),
         ({"lost": 40, "won": 60, "top1_quantized": 90.2}, None, True, "yes", "0.20 points higher (95 %: +0.00 to +0.40)"),
         ({}, None, False, "unclear", "on the samples it was calibrated on; give --eval-data"),
+        ({"lost": 400, "won": 100, "top1_quantized": 87.0}, None, False, "no", "even on the samples it was calibrated on, more than"),
         (
             {"integer_arithmetic": KernelCheck(3, "conv", 9.0, 0.5)},
             None, True, "no", "conv: on this machine ONNX Runtime's kernel is 9 steps",

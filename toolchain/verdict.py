@@ -83,12 +83,13 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     if checked.top1_float is None:
         drop = f"{checked.drop:.2f} % of the predictions differ from the float model's (95 %: {low:.2f} to {high:.2f}; if the output "
         drop += f"is no class scores, judge by its SQNR of {min(checked.sqnr.values()):.1f} dB in your own metric)"
+    easy = "" if is_held_out else ", even on the samples it was calibrated on"
+    if max_drop is not None and checked.drop > max_drop:
+        return Verdict("no", f"{drop}{easy}; the limit is {named}")
+    if low > limit:
+        return Verdict("no", f"{drop}{easy}, more than {named}")
     if not is_held_out:
         return Verdict("unclear", f"{drop}, but on the samples it was calibrated on; give --eval-data")
-    if max_drop is not None and checked.drop > max_drop:
-        return Verdict("no", f"{drop}; the limit is {named}")
-    if low > limit:
-        return Verdict("no", f"{drop}, more than {named}")
     if high <= limit:
         return Verdict("yes", f"{drop}, within {named}")
     more = "more labelled samples" if checked.top1_float is not None else "more samples"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+_MOST_BLOCKS = 8
 _OTHER_RUNTIMES = ("tensorrt", "openvino", "qnn")
 
 
@@ -63,7 +64,9 @@ def island_lines(islands: list[dict[str, Any]]) -> list[str]:
     for reason, rows in why.items():
         count, weights = sum(len(row["nodes"]) for row in rows), sum(row["weights"] for row in rows)
         held = f", with {weights:,} weights" if weights else ""
-        lines.append(f"{count} {'node' if count == 1 else 'nodes'}{held}: {reason} ({', '.join(row['block'] for row in rows)})")
+        blocks = [row["block"] for row in rows]
+        named = ", ".join(blocks if len(blocks) <= _MOST_BLOCKS else [*blocks[:_MOST_BLOCKS], f"and {len(blocks) - _MOST_BLOCKS} more"])
+        lines.append(f"{count} {'node' if count == 1 else 'nodes'}{held}: {reason} ({named})")
     return lines
 
 

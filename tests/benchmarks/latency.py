@@ -5,7 +5,8 @@ usage: python -m tests.benchmarks.latency MODEL.onnx --calibration C.npz --out R
            [--threads 1] [--seconds 10] [--target ort-cpu] [--peer NAME=FILE.onnx ...] [--eval E.npz] [--samples 128]
 
 Ranges and rounding do not change the time, so the files come from `--algorithm mse`. Each figure is the fastest of all rounds: what other
-processes take away only ever adds. `peers/int8.py` writes the files of other tools. Rows are added to RESULTS.json. Prints Markdown tables.
+processes take away only ever adds. `w8a8-full` is w8a8 with --no-reduce-range; `peers/int8.py` writes the files of other tools. Rows are
+added to RESULTS.json. Prints Markdown tables.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from toolchain.source import load_source
 from toolchain.validation import agreement, class_output, sqnr, top_k
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_WHOLE_RANGE = "-full"
 
 
 def opened(path: Path, threads: int) -> ort.InferenceSession:
@@ -131,7 +133,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         files = {"float": args.model}
         for precision in args.precisions.split(","):
-            config = Config(**parse_precision(precision), algorithm="mse", device="cpu", target=args.target)
+            whole = precision.endswith(_WHOLE_RANGE)  # weights of 8 bits where activations have 8, as other tools give them
+            options = parse_precision(precision.removesuffix(_WHOLE_RANGE)) | ({"reduce_range": False} if whole else {})
+            config = Config(**options, algorithm="mse", device="cpu", target=args.target)
             files[precision] = Path(folder) / f"{precision}.onnx"
             write_model(export_qdq(source.model, quantize(source, samples, config).table, scheme=config.scheme), files[precision])
         files |= {name: Path(path) for name, path in (entry.split("=", 1) for entry in args.peer)}
