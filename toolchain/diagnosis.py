@@ -69,7 +69,7 @@ class Diagnosis:
         outputs: signal to noise of each graph output.
         float_weights, float_activations: of the worst output when all weights and biases, or all activations, are float.
         layers: those that add most first.
-        together: the layers whose gains are largest, and what they gain when all of them are float; empty where fewer than two gain.
+        together: the layers that add most, and what the output gains when all of them are float.
         settings: those that the file was made with, as its metadata has them; empty where there are none.
     """
 
@@ -127,15 +127,14 @@ def diagnose(
     for position, layer in enumerate(layers[:tried]):
         layers[position] = replace(layer, gain=gain_of([layer.node]))
         progress(position + 1, min(tried, len(layers)))
-    gaining = sorted((layer for layer in layers if layer.gain is not None and layer.gain > 0), key=lambda layer: -(layer.gain or 0))
-    names = tuple(layer.node for layer in gaining[:_MOST_TOGETHER])
+    names = tuple(layer.node for layer in layers[:_MOST_TOGETHER])
     return Diagnosis(
         samples.count,
         finals,
         output_of(_with_float_weights(source, quantized)),
         output_of(_with_float_activations(source, quantized)),
         tuple(layers),
-        (names, gain_of(names)) if len(names) > 1 else ((), 0.0),
+        (names, gain_of(names)),
         _settings(quantized),
     )
 

@@ -161,7 +161,8 @@ def _requantized(table: QuantTable) -> str:
     if not copies:
         return ""
     kept = sorted({table[copy.origin].spec.bits for copy in copies.values() if copy.origin in table})
-    return f"; {len(copies)} operands that sums read too kept at {' and '.join(map(str, kept))} bits and requantized for the layers"
+    count = f"{len(copies)} operand{'s' if len(copies) > 1 else ''}"
+    return f"; {count} that sums read too kept at {' and '.join(map(str, kept))} bits and requantized for the layers"
 
 
 def grids(table: QuantTable, fits: Sequence[GridFit] = ()) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which flags to try next on a file that was diagnosed: each with the reason, and what was measured for it."""
 
 import shlex
+from typing import Any
 
 from .config import PAPER_ITERATIONS, PRESETS
 from .diagnosis import Diagnosis, LayerError
@@ -51,8 +52,8 @@ def _bits_of_all(found: Diagnosis) -> list[str]:
     gain = (found.float_weights if kind == "weight" else found.float_activations) - min(found.outputs.values(), default=float("inf"))
     if gain >= _WORTH_IT:
         said += f"; the output gains {gain:.1f} dB when all {kind}s are float"
-    bits = {name: found.settings.get(f"{name}-bits") for name in noise}
-    more = _NEXT_BITS.get(bits[kind]) if isinstance(bits[kind], int) else None
+    bits: dict[str, Any] = {name: found.settings.get(f"{name}-bits") for name in noise}
+    more = _NEXT_BITS.get(bits[kind])
     if more is None or (kind == "weight" and more > 8):
         return [] if kind == "weight" and more is not None else [f"more bits for {kind}s: {said}"]
     wider = bits | {kind: more}
@@ -61,23 +62,26 @@ def _bits_of_all(found: Diagnosis) -> list[str]:
 
 
 def _single_layers(found: Diagnosis) -> list[str]:
-    """Bits, or float, for the layers that gain most by it."""
+    """Bits, or float, for the layers that add most noise, and for those whose gain by it was measured."""
     has_room = any(isinstance(bits := found.settings.get(f"{kind}-bits"), int) and bits < 8 for kind in ("weight", "activation"))
 
     def flag(node: str) -> str:
         return f"--bits {shlex.quote(f'{node}=w8a8')}" if has_room else f"--keep-float {shlex.quote(node)}"
 
-    names, together = found.together
-    gains = {layer.node: layer.gain for layer in found.layers if layer.gain is not None and layer.gain >= _WORTH_IT}
     texts = []
-    if names and together >= _WORTH_IT:
-        texts.append(f"{' '.join(map(flag, names))}: the output gains {together:.1f} dB when these {len(names)} layers are float")
-    elif gains:
-        best = max(gains, key=lambda node: gains[node])
-        texts.append(f"{flag(best)}: the output gains {gains[best]:.1f} dB when this layer alone is float")
-    for layer in [layer for layer in found.layers if layer.share >= _DOMINANT and not any(layer.node in text for text in texts)][:2]:
-        texts.append(f"{flag(layer.node)}: it adds {100 * layer.share:.0f} % of all noise, most of it by {_part(layer)}")
-    return texts
+    names, together = found.together
+    if has_room and names:
+        share = sum(layer.share for layer in found.layers if layer.node in names)
+        measured = f"; the output gains {together:.1f} dB when they are float" if together >= _WORTH_IT else ""
+        texts.append(f"{' '.join(map(flag, names))}: of {len(found.layers)} layers these add {100 * share:.0f} % of all noise{measured}")
+    else:
+        dominant = [layer for layer in found.layers if layer.share >= _DOMINANT][:2]
+        for row in dominant:
+            measured = f"; the output gains {row.gain:.1f} dB when it alone is float" if (row.gain or 0.0) >= _WORTH_IT else ""
+            texts.append(f"{flag(row.node)}: it adds {100 * row.share:.0f} % of all noise, most of it by {_part(row)}{measured}")
+    gaining = sorted((row for row in found.layers if (row.gain or 0.0) >= _WORTH_IT), key=lambda row: -(row.gain or 0.0))
+    new = [row for row in gaining if not any(flag(row.node) in text for text in texts)][:2]
+    return texts + [f"{flag(row.node)}: the output gains {row.gain:.1f} dB when this layer alone is float" for row in new]
 
 
 def _part(layer: LayerError) -> str:

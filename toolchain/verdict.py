@@ -79,7 +79,8 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     limit = _YARDSTICK if max_drop is None else max_drop
     named = f"the yardstick of {limit:g} point without --max-drop" if max_drop is None else f"--max-drop {limit:g}"
     low, high = intervals(checked)["drop"]
-    drop = f"accuracy is {abs(checked.drop):.2f} points {'lower' if checked.drop >= 0 else 'higher'} (95 %: {-high:+.2f} to {-low:+.2f})"
+    moved = f"{abs(checked.drop):.2f} points {'lower' if checked.drop > 0 else 'higher'}" if checked.drop else "the same"
+    drop = f"accuracy is {moved} (95 %: {-high:+.2f} to {-low:+.2f})"
     if checked.top1_float is None:
         drop = f"{checked.drop:.2f} % of the predictions differ from the float model's (95 %: {low:.2f} to {high:.2f}; if the output "
         drop += f"is no class scores, judge by its SQNR of {min(checked.sqnr.values()):.1f} dB in your own metric)"
