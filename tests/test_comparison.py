@@ -142,11 +142,23 @@ def row(label: str, losses: list[float], group: str = "oscillation", **more: Any
     return facts | {"outcomes": outcomes(facts["top1"])}
 
 
+NAMES = ["b00", "b01", "b02", "b03"]
+
+
 def test_verdicts_follow_the_numbers() -> None:
     rough, smooth = [1.0, 3.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0]
-    for brecq, mrecg, holds in ((rough, smooth, True), (rough, [1.0, 5.0, 1.0, 4.0], False), (smooth, smooth, None)):
-        rows = [row("adaround", rough), row("brecq", brecq), row("mrecg+brecq", mrecg, units=["b00+b01", "b02", "b03"])]
-        assert study.findings(["oscillation"], rows)["oscillation"]["holds"] is holds
+    joined = ["b00", "b01+b02", "b03"]
+    for brecq, mrecg, holds, same in (
+        ([1.0, 3.0, 2.0, 1.0], [1.0, 1.5, 1.0], True, 1.0),  # 2.0 to 1.0 at the units' ends, then 1.5 to 1.0
+        (rough, [1.0, 2.0, 4.0], None, 0.0),  # BRECQ drops between b01 and b02 only, which no unit ends between
+        (rough, [5.0, 1.0, 4.0], False, 0.0),
+        (smooth, [1.0, 3.0, 4.0], None, 0.0),
+    ):
+        rows = [row("adaround", rough), row("brecq", brecq), row("mrecg+brecq", mrecg, units=joined, learned_units=joined, blocks=NAMES)]
+        found = study.findings(["oscillation"], rows)["oscillation"]
+        assert found["holds"] is holds
+        assert found["same_places"] == same
+        assert found["lines"][2]["places"] == [0.25, 0.75, 1.0]
     alone = [row(label, rough) for label in ("adaround", "brecq", "mrecg+brecq")]
     assert "no blocks are joined" in study.findings(["oscillation"], alone)["oscillation"]["verdict"]
     found = study.findings(["theorem"], [row("brecq", rough)])["theorem"]

@@ -97,8 +97,10 @@ def test_compare(place: Path) -> None:
 
 def test_study() -> None:
     """The verdicts on runs that were made up: a claim that holds, one that does not, and one that cannot be decided."""
-    rough, smooth = [1.0, 3.0, 2.0, 4.0], [1.0, 2.0, 3.0, 4.0]
-    rows = [row("adaround", rough), row("brecq", rough), row("mrecg+brecq", smooth, units=["b00+b01", "b02", "b03"])]
+    rough = [1.0, 3.0, 2.0, 4.0]
+    joined = ["b00", "b01+b02", "b03"]
+    rows = [row("adaround", rough), row("brecq", [1.0, 3.0, 2.0, 1.0])]
+    rows.append(row("mrecg+brecq", [1.0, 1.5, 1.0], units=joined, learned_units=joined, blocks=["b00", "b01", "b02", "b03"]))
     rows += [row(f"scheme {i}", [1.0, 2.0 + i / 9, 2.0 - i / 9], "schemes", top1=80.0 + (i * 7 % 10) / 10) for i in range(10)]
     sized: list[Mapping[str, Any]] = [
         row("batch", [1.0], "batch", top1=top1, settings={"batch-size": size}) for size, top1 in ((8, 80.0), (128, 84.0))

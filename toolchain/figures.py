@@ -168,15 +168,12 @@ def comparison(lines: list[dict[str, Any]], precision: str, key: str) -> str:
 
 
 def loss_lines(lines: list[dict[str, Any]]) -> str:
-    """Loss along the network for several methods whose units differ: against the share of the network that is done."""
+    """Loss along the network for several methods whose units differ: each at the end of its unit."""
 
     def draw(axes: Axes) -> None:
         for line, color in zip(lines, (MUTED, BLUE, ORANGE), strict=False):
-            count = len(line["losses"])
-            axes.plot(
-                [(i + 1) / count for i in range(count)], line["losses"], color=color, marker="o", markersize=3.5, label=line["method"]
-            )
-        axes.set_xlabel("position in the network, by units")
+            axes.plot(line["places"], line["losses"], color=color, marker="o", markersize=3.5, label=line["method"])
+        axes.set_xlabel("share of the network's blocks (of its layers for adaround)")
         axes.set_ylabel("reconstruction loss")
         _scale(axes, [loss for line in lines for loss in line["losses"]])
         _legend(axes, *axes.get_legend_handles_labels(), 3)

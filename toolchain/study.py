@@ -92,26 +92,33 @@ def final_losses(row: Mapping[str, Any]) -> list[float]:
 
 
 def _oscillation(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    lines = [
-        {"method": row["label"], "units": row["learned_units"], "losses": final_losses(row), "oscillation": oscillation(final_losses(row))}
-        for row in rows
-    ]
-    by_name = {line["method"]: line["oscillation"] for line in lines}
+    """The sums of the drops; BRECQ's also over the blocks alone at which MRECG's units end, since fewer places have fewer drops."""
+    lines = []
+    for row in rows:
+        losses, ends = final_losses(row), [unit.split("+")[-1] for unit in row["learned_units"]]
+        places = [(row["blocks"].index(end) + 1) / len(row["blocks"]) for end in ends]
+        lines.append({"method": row["label"], "ends": ends, "places": places, "losses": losses, "oscillation": oscillation(losses)})
+    by_name = {line["method"]: line for line in lines}
     plain, joined = by_name["brecq"], by_name["mrecg+brecq"]
-    layered = f"{by_name['adaround']:.4g} with AdaRound (per layer)"
-    text = f"The drops of the loss sum to {layered}, {plain:.4g} with BRECQ and {joined:.4g} with MRECG"
-    if plain <= 0:
-        return {
-            "lines": lines,
-            "verdict": f"{text}: with BRECQ nothing oscillates here, so that there is nothing to smooth.",
-            "holds": None,
-        }
-    if len(rows[-1]["units"]) == len(rows[-1]["blocks"]):
-        return {"lines": lines, "verdict": f"{text}: no blocks are joined here, so that the two are the same.", "holds": None}
-    change = 100 * (joined / plain - 1)
-    holds = joined < plain
-    word = "MRECG smooths it" if holds else "MRECG does not smooth it here"
-    return {"lines": lines, "verdict": f"{text}: {word} ({change:+.0f} %, one seed).", "holds": holds}
+    there = [loss for end, loss in zip(plain["ends"], plain["losses"], strict=True) if end in joined["ends"]]
+    text = (
+        f"The drops of the loss sum to {by_name['adaround']['oscillation']:.4g} with AdaRound (per layer), {plain['oscillation']:.4g} with "
+        f"BRECQ and {joined['oscillation']:.4g} with MRECG"
+    )
+    if plain["oscillation"] <= 0:
+        verdict, holds = f"{text}: with BRECQ nothing oscillates here, so that there is nothing to smooth.", None
+    elif len(rows[-1]["units"]) == len(rows[-1]["blocks"]):
+        verdict, holds = f"{text}: no blocks are joined here, so that the two are the same.", None
+    else:
+        same = oscillation(there)
+        holds = joined["oscillation"] < same if same > 0 or joined["oscillation"] > 0 else None
+        word = {
+            True: "MRECG smooths it",
+            False: "MRECG leaves out the blocks where it drops, but does not lower the drops that are left",
+            None: "MRECG leaves out the blocks where it drops, and no drop is left with either",
+        }[holds]
+        verdict = f"{text}; over the {len(there)} blocks at which MRECG's units end, BRECQ's sum to {same:.4g}: {word} (one seed)."
+    return {"lines": lines, "same_places": oscillation(there), "verdict": verdict, "holds": holds}
 
 
 def _final_error(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
