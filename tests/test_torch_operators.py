@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolchain.errors import UnsupportedModelError
+from toolchain.torch_import.arithmetic import clamp
 
 from .parity import Arrays, check, imported, module, node_model, normal
 
@@ -571,3 +572,19 @@ def test_embed_layer_normalization(mask: bool) -> None:
     if mask:
         parts["mask"] = np.array([[1] * 5, [1] * 3 + [0] * 2], np.int32)
     check("EmbedLayerNormalization", inputs, parts, domain="com.microsoft", outputs=2, epsilon=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 6.0), (-1.5, None), (None, 0.3), (1.0, -1.0)])
+def test_the_gradient_of_clip_is_that_of_torch(low: float | None, high: float | None) -> None:
+    """On its bounds, next to them, and far from them."""
+    ends = [np.float32(end) for end in (low, high) if end is not None]
+    around = [np.nextafter(end, np.float32(side)) for end in ends for side in (-np.inf, np.inf)]
+    x = torch.tensor(np.array([*ends, *around, -9.0, 0.1, 9.0], np.float32).tolist())
+    passed = torch.arange(1.0, len(x) + 1)
+    grads = []
+    for function in (clamp, torch.clamp):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, low, high)
+        out.backward(passed)
+        grads.append((out.detach(), leaf.grad))
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)

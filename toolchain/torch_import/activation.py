@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from .arithmetic import clamp
 from .operator import Converter, NodeView, Operator, plain
 
 _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -49,7 +50,7 @@ def _thresholded_relu(view: NodeView) -> Operator:
 
 def _hard_sigmoid(view: NodeView) -> Operator:
     alpha, beta = view.attrs.get("alpha", 0.2), view.attrs.get("beta", 0.5)
-    return Operator(lambda x: torch.clamp(alpha * x + beta, 0, 1), view.inputs)
+    return Operator(lambda x: clamp(alpha * x + beta, 0.0, 1.0), view.inputs)
 
 
 def _shrink(view: NodeView) -> Operator:

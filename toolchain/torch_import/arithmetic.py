@@ -1,9 +1,11 @@
 """Element-wise operators of two or more tensors: arithmetic, comparisons, logic, bits. Broadcasting is NumPy's, which is torch's."""
 
+import math
 from collections.abc import Callable
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 
 from .operator import Converter, NodeView, Operator, plain
 
@@ -83,7 +85,13 @@ def clip(view: NodeView) -> Operator:
         low, high = (bound.reshape(-1)[0].item() if bound is not None else None for bound in bounds)
     if low is None and high is None:
         return Operator(lambda x: x, view.inputs[:1])
-    return Operator(lambda x: torch.clamp(x, low, high), view.inputs[:1])
+    return Operator(lambda x: clamp(x, low, high), view.inputs[:1])
+
+
+def clamp(x: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
+    """`torch.clamp`; of floats by another name, whose gradient is the same and several times faster on CPUs (no selection by masks)."""
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return F.hardtanh(x, low, high) if x.is_floating_point() and low < high else torch.clamp(x, low, high)
 
 
 def _clip(x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor | None = None) -> torch.Tensor:
