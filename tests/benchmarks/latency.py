@@ -134,8 +134,8 @@ def main() -> None:
         files = {"float": args.model}
         for precision in args.precisions.split(","):
             whole = precision.endswith(_WHOLE_RANGE)  # weights of 8 bits where activations have 8, as other tools give them
-            options = parse_precision(precision.removesuffix(_WHOLE_RANGE)) | ({"reduce_range": False} if whole else {})
-            config = Config(**options, algorithm="mse", device="cpu", target=args.target)
+            options: dict[str, Any] = parse_precision(precision.removesuffix(_WHOLE_RANGE))
+            config = Config(**options, reduce_range=False if whole else None, algorithm="mse", device="cpu", target=args.target)
             files[precision] = Path(folder) / f"{precision}.onnx"
             write_model(export_qdq(source.model, quantize(source, samples, config).table, scheme=config.scheme), files[precision])
         files |= {name: Path(path) for name, path in (entry.split("=", 1) for entry in args.peer)}
