@@ -14,6 +14,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from exporters import export_qdq, write_model
 from tests import zoo
@@ -126,6 +128,18 @@ def test_every_combination_loads_and_agrees_or_is_refused(folder: Path) -> None:
     committed = TABLE.read_text(encoding="utf-8")
     if f"ONNX Runtime {ort.__version__}\n" in committed:  # another version may fuse otherwise
         assert text == committed
+
+
+@given(
+    target=st.sampled_from(sorted(TARGETS)),
+    weights=st.integers(2, 8),
+    activations=st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16, 32]),
+    storage=st.sampled_from(STORAGES),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_bits_between_those_of_the_table(target: str, weights: int, activations: int, storage: str, folder: Path) -> None:
+    """A sample of all 882 cells, which take minutes: each loads and is what was simulated, or is refused with a reason."""
+    cell(target, weights, activations, storage, folder)
 
 
 @pytest.mark.parametrize("block", [16, 64])

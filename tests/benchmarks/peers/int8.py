@@ -40,7 +40,10 @@ def quantize_static(model: Path, batches: Batches, out: Path, activations: str =
 
     with tempfile.TemporaryDirectory() as folder:
         ready = Path(folder) / "ready.onnx"
-        quant_pre_process(str(model), str(ready))
+        try:
+            quant_pre_process(str(model), str(ready))
+        except Exception:  # symbolic shape inference gives up on transformers; its documentation has this flag for that
+            quant_pre_process(str(model), str(ready), skip_symbolic_shape=True)
         quantize_static(
             str(ready), str(out), Calibration(batches), quant_format=QuantFormat.QDQ, per_channel=True,
             activation_type=QuantType[activations], weight_type=QuantType.QInt8,
