@@ -194,12 +194,13 @@ def scatter(name: str, finding: dict[str, Any]) -> str:
 
 
 def data_series(finding: dict[str, Any]) -> str:
-    """Accuracy against batch size and sample count."""
+    """Accuracy against batch size and sample count; bars are half the 95 % intervals of the differences from the last run."""
     parts = []
     for index, (name, points) in enumerate(finding["series"].items()):
 
         def draw(axes: Axes, name: str = name, points: Sequence[Sequence[float]] = points) -> None:
-            axes.plot([p[0] for p in points], [p[1] for p in points], color=BLUE, marker="o", markersize=6)
+            sizes, accuracies, margins = zip(*points, strict=True)
+            axes.errorbar(sizes, accuracies, yerr=[*margins[:-1], 0.0], color=BLUE, marker="o", markersize=6, capsize=4, linewidth=1.6)
             axes.set_xscale("log", base=2)
             axes.set_xticks([p[0] for p in points], [str(p[0]) for p in points])
             axes.minorticks_off()

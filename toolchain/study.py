@@ -165,7 +165,7 @@ def _data(batches: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, A
     decided = True if all(h is True for h in holds) else False if any(h is False for h in holds) else None
     word = {True: "both improve it", False: "not confirmed here", None: "undecided for at least one of them"}[decided]
     return {
-        "series": {name: [[x, row[key]] for x, row in runs] for name, runs in series.items()},
+        "series": {name: [[x, row[key], _noise(row, runs[-1][1])] for x, row in runs] for name, runs in series.items()},
         "metric": key,
         "verdict": f"{'; '.join(texts)}: {word} (one seed).",
         "holds": decided,

@@ -135,11 +135,11 @@ def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
 
 def comparison_table(lines: list[dict[str, Any]]) -> Table:
     """Mean and spread over the seeds of each method; top-1 and agreement in percent."""
-    columns = ("bits", "method", "top-1>", "same>", "SQNR dB>", "behind>", "oscillation>")
+    columns = ("bits", "method", "top-1>", "same>", "SQNR dB>", "behind>", "osc.>")
     title = (
         "Methods: mean ± standard deviation over seeds; same: % of predictions equal to float; behind: points behind the best ± half the "
     )
-    table = _table(f"{title}95 % interval over samples", *columns)
+    table = _table(f"{title}95 % interval over samples; osc.: oscillation, the sum of the drops of the loss", *columns)
     for line in lines:
         cells = [_spread(line, key, ".1f") for key in ("top1", "agreement", "sqnr")]
         table.add_row(line["precision"], escape(line["method"]), *cells, behind(line), _spread(line, "units_after", ".3g"))
