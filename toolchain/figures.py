@@ -27,7 +27,7 @@ def losses(report: dict[str, Any], baseline: dict[str, Any] | None = None) -> st
         if calibrated:
             axes.plot(*zip(*calibrated, strict=True), color=MUTED, marker="o", markersize=4, linewidth=1, label="calibrated, by block")
         if baseline is not None:
-            rows = [(_last(report, unit["unit"]), _final(unit)) for unit in baseline["units"]]
+            rows = [(_last(report, unit["unit"]), final(unit)) for unit in baseline["units"]]
             rows = [(place, loss) for place, loss in rows if place is not None]
             if rows:
                 label = f"reconstructed, units {baseline['config']['units']}"
@@ -36,8 +36,8 @@ def losses(report: dict[str, Any], baseline: dict[str, Any] | None = None) -> st
             first, last = places[unit["unit"]]
             x = (first - 0.36, last + 0.36)
             axes.plot(x, [unit["loss_before"]] * 2, color=BLUE, linewidth=2, solid_capstyle="butt")
-            axes.plot(x, [_final(unit)] * 2, color=ORANGE, linewidth=3.4, solid_capstyle="butt")
-        ends = [(places[unit["unit"]][1], _final(unit)) for unit in report["units"]]
+            axes.plot(x, [final(unit)] * 2, color=ORANGE, linewidth=3.4, solid_capstyle="butt")
+        ends = [(places[unit["unit"]][1], final(unit)) for unit in report["units"]]
         if ends:
             axes.plot(*zip(*ends, strict=True), color=ORANGE, linewidth=1, marker="o", markersize=3)
         handles, labels = axes.get_legend_handles_labels()
@@ -237,7 +237,7 @@ def _last(report: dict[str, Any], unit: str) -> int | None:
     return next((i for i, block in enumerate(report["blocks"]) if block["name"] == unit.split("+")[-1]), None)
 
 
-def _final(unit: dict[str, Any]) -> float:
+def final(unit: dict[str, Any]) -> float:
     """The loss of what is in the table."""
     return min(unit["loss_before"], unit["loss_after"]) if unit["loss_after"] is not None else unit["loss_before"]
 

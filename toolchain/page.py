@@ -7,6 +7,7 @@ from typing import Any
 
 from . import figures
 from .block_picture import block_picture
+from .capacity import oscillation
 from .document import details, document, multiples, section, table
 from .wording import coverage_line, decibel, duration, faster, island_lines, kind, magnitude, size, smaller, worst_sqnr
 
@@ -33,9 +34,10 @@ def report_page(report: dict[str, Any], baseline: dict[str, Any] | None = None) 
         lambda: _blocks(report),
         lambda: _run(report),
     )
+    text = f"For {config['target']}. {report['conventions']['algorithm']}. Units: {report['plan']['why']}."
     return document(
         title,
-        f"<h1>{escape(title)}</h1><p class=muted>{escape(report['conventions']['algorithm'])}; units: {escape(report['plan']['why'])}</p>",
+        f"<h1>{escape(title)}</h1><p class=muted>{escape(text)}</p>",
         [part for section in sections if (part := section())],
     )
 
@@ -137,7 +139,10 @@ def _losses(report: dict[str, Any], baseline: dict[str, Any] | None) -> str:
     if baseline is not None:
         other = baseline["oscillation"]["units_after"]
         found = f"{other:.4g} after reconstruction" if other is not None else "not measured (nothing was reconstructed)"
-        text += f" In the overlaid run, with units {escape(baseline['config']['units'])}, it is {found}."
+        text += f" In the overlaid run, with units {escape(baseline['config']['units'])}, it is {found}"
+        ends = {unit["unit"].split("+")[-1] for unit in report["units"]}
+        there = [figures.final(unit) for unit in baseline["units"] if unit["unit"].split("+")[-1] in ends]
+        text += f", and {oscillation(there):.4g} over the blocks at which this run's units end." if len(there) > 1 else "."
     return section("Reconstruction loss", text, figures.losses(report, baseline))
 
 

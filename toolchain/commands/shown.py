@@ -19,4 +19,6 @@ class Shown:
 
     @property
     def log(self) -> Console:
-        return Console(stderr=True, quiet=self.quiet, highlight=False)
+        console = Console(stderr=True, quiet=self.quiet, highlight=False)
+        console.soft_wrap = not console.is_terminal  # a line of a log stays one line
+        return console
