@@ -1,6 +1,7 @@
 """How far the outputs of a piece of the model are from those of its float original."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -16,11 +17,32 @@ def loss_of(
     The channel axis is 1, but the last for sequences [N, T, C]. `shares` weighs the outputs, see `output_shares`; 1 each by default.
     """
     terms = [
-        (outputs[name] - target).square_().sum(dim=2 if target.dim() == 3 else min(1, target.dim() - 1)).mean()
+        _MeanSquares.apply(outputs[name], target, 2 if target.dim() == 3 else min(1, target.dim() - 1))
         * (1.0 if shares is None else shares[name])
         for name, target in targets.items()
     ]
     return torch.stack(terms).sum()
+
+
+class _MeanSquares(torch.autograd.Function):
+    """The mean of the sum over an axis of squared differences.
+
+    Its gradient, 2 (x - target) / M, is one product with a scalar; autograd's is one with a tensor that is broadcast against the layout of
+    images, which takes a tenth of the whole step on CPUs, for the same bits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, target: torch.Tensor, axis: int) -> torch.Tensor:
+        difference = x - target
+        ctx.save_for_backward(difference)
+        sums = difference.square().sum(dim=axis)
+        ctx.count = sums.numel()
+        return sums.mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (difference,) = ctx.saved_tensors
+        return difference * (grad_outputs[0] / ctx.count * 2.0), None, None
 
 
 def output_shares(targets: Mapping[str, Value], passes: Passes) -> dict[str, float]:

@@ -32,6 +32,7 @@ class Cost:
 
     def __init__(self) -> None:
         self.load, self.start, self.optimisation = os.getloadavg()[0], time.perf_counter(), 0.0
+        self.optimisation_cpu = 0.0
         self.seconds = self.cpu = 0.0
 
     def stop(self) -> None:
@@ -45,7 +46,8 @@ def write_result(args: argparse.Namespace, cost: Cost, error: str | None, **more
     asked = ["samples", *bits, "iterations", "batch_size", "seed", "threads"]
     result = {
         **more, "model": args.model.name, **{key: getattr(args, key) for key in asked},
-        "seconds": round(cost.seconds, 1), "optimisation_seconds": round(cost.optimisation, 1), "cpu_seconds": round(cost.cpu, 1),
+        "seconds": round(cost.seconds, 1), "optimisation_seconds": round(cost.optimisation, 1),
+        "optimisation_cpu_seconds": round(cost.optimisation_cpu, 3), "cpu_seconds": round(cost.cpu, 1),
         "load_before": round(cost.load, 2), "load_after": round(os.getloadavg()[0], 2),
         "export_ok": error is None, "export_error": error,
     }  # fmt: skip
