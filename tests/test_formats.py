@@ -55,7 +55,7 @@ def verdict(config: Config, folder: Path) -> str:
     """Load and compare one cell; returns the layers on integer kernels, and the bytes of the file."""
     source, model = small_model(folder)
     placement = place(source, model.types, config.scheme, config.precision, frozenset())
-    table = calibrate(model, placement, SAMPLES, config)
+    table = calibrate(model, placement, SAMPLES, config).table
     for piece in model.pieces:
         table = with_biases(source, placement, piece.block, table)
     exported = export_qdq(source.model, table, scheme=config.scheme)
@@ -150,7 +150,7 @@ def test_block_wise_weights(block: int, storage: str, folder: Path) -> None:
     assert verdict(config, folder).startswith("1 of 3")  # MatMulNBits; it knows neither Gemm nor Conv
     source, model = small_model(folder)
     placement = place(source, model.types, config.scheme, config.precision, frozenset())
-    table = calibrate(model, placement, SAMPLES, config)
+    table = calibrate(model, placement, SAMPLES, config).table
     scales = {name: table[name].scale.shape for name in placement.weights}
     blocks = -(-32 // block)
     assert sorted(scales.values()) == sorted([(32,), (blocks, 32), (10, blocks)])
@@ -159,7 +159,7 @@ def test_block_wise_weights(block: int, storage: str, folder: Path) -> None:
     assert (error <= table[name].expanded(error.shape)[0] * 1.001 * 8).all()
     per_channel = calibrate(
         model, place(source, model.types, config.scheme, replace(config.precision, block_size=None), frozenset()), SAMPLES, config
-    )
+    ).table
     assert np.square(error).sum() < np.square(per_channel[name].dequantized() - source.constants[name]).sum() * 1.05
 
 
@@ -170,7 +170,7 @@ def test_two_bits_are_packed_where_the_runtime_reads_them(folder: Path) -> None:
     for bits in (8, 16, 32):
         config = Config(weight_bits=2, activation_bits=bits, storage="small", first_last_bits="same", algorithm="minmax")
         placement = place(source, model.types, config.scheme, config.precision, frozenset())
-        exported = export_qdq(source.model, calibrate(model, placement, SAMPLES, config), scheme=config.scheme)
+        exported = export_qdq(source.model, calibrate(model, placement, SAMPLES, config).table, scheme=config.scheme)
         types[bits] = {
             runtime.onnx.TensorProto.DataType.Name(t.data_type) for t in exported.graph.initializer if t.name.endswith("_w_quantized")
         }

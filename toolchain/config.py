@@ -144,7 +144,13 @@ class Config:
     )
     calibration_samples: int = option(1024, "Most calibration samples to use.", "data", low=1)
     weight_range: str = option("mse", "Calibration of weight ranges.", "calibration", choices=RANGES)
-    activation_range: str = option("mse", "Calibration of activation ranges.", "calibration", choices=RANGES)
+    activation_range: str = option(
+        "auto",
+        "Calibration of activation ranges; auto tries mse in four norms, percentile and minmax, and takes for each bit width what harms "
+        "the model's outputs least. The papers have mse.",
+        "calibration",
+        choices=("auto", *RANGES),
+    )
     percentile: float = option(99.99, "Percentile of the `percentile` calibration.", "calibration", low=50.0, high=100.0)
     bias_correction: bool = option(
         True, "With `minmax` and `mse`: take the shift of each channel's mean out of the biases; off: the papers' baseline.", "calibration"
@@ -266,6 +272,11 @@ class Config:
     @property
     def learns(self) -> bool:
         return self.algorithm in (*LAYERWISE, "brecq", "qdrop")
+
+    @property
+    def chooses_ranges(self) -> bool:
+        """Whether activation ranges are chosen by what they do to the outputs; some algorithms have their own."""
+        return self.activation_range == "auto" and self.algorithm not in ("minmax", "aciq", "lapq")
 
     @property
     def unit_selector(self) -> str:

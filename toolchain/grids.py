@@ -1,6 +1,6 @@
 """The grids of a whole model: observed ranges to scales and zero points, biases whose scales follow, and values that repeat another's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -18,22 +18,31 @@ from .placement import Bias, Placement, without
 from .progress import Progress
 from .quant_table import BIAS_BITS, QuantSpec, QuantTable, TensorQuant
 from .quant_table import quantize as encode
+from .range_choice import RangeChoice, RangeMethod, choose_ranges
 from .samples import Samples
 from .scheme import Scheme
 from .source import SourceModel
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """Grids of all activations and weights with the codes of rounding to nearest, and how the ranges of activations were chosen."""
+
+    table: QuantTable
+    ranges: tuple[RangeChoice, ...] = ()
+
+
 def calibrate(
     model: TorchModel, placement: Placement, samples: Samples, config: Config, progress: Progress = lambda *_: None
-) -> QuantTable:
-    """Grids of all activations, from the float stream, and of all weights, with the codes of rounding to nearest.
+) -> Calibration:
+    """Grids of all activations, from the float stream, and of all weights.
 
     Activations that have no range (never made, or not finite) get none.
     """
     seen = observe(model, placement, samples, progress)
     placement = without(placement, placement.activations.keys() - seen.keys())
     if config.algorithm == "lapq":
-        return lapq.calibrate_jointly(
+        table = lapq.calibrate_jointly(
             model,
             placement,
             samples,
@@ -42,7 +51,17 @@ def calibrate(
             lambda position, table: with_biases(model.source, placement, model.pieces[position].block, table),
             progress,
         )
-    return grids_of(model.source, placement, seen, methods(config))
+        return Calibration(table)
+    chosen: tuple[RangeChoice, ...] = ()
+    if config.chooses_ranges:
+        widths = {spec.bits for spec in placement.activations.values() if spec.span is None}
+
+        def grids(bits: int, method: RangeMethod) -> QuantTable:
+            some = without(placement, {name for name, spec in placement.activations.items() if spec.bits != bits})
+            return QuantTable(activation_grids(some, seen, by(method, config.percentile)))
+
+        chosen = choose_ranges(model, samples, widths, grids, progress)
+    return Calibration(grids_of(model.source, placement, seen, methods(config, chosen=chosen)), chosen)
 
 
 def observe(model: TorchModel, placement: Placement, samples: Samples, progress: Progress = lambda *_: None) -> dict[str, Histogram]:
@@ -80,26 +99,29 @@ class Methods:
     finish: Callable[[np.ndarray, TensorQuant], TensorQuant] = lambda _, found: found
 
 
-def methods(config: Config, norm: float = NORM) -> Methods:
-    """The methods that a configuration asks for; `norm` is that of the errors that `mse` compares."""
+def by(method: RangeMethod, percentile: float) -> Callable[[Histogram, QuantSpec], TensorQuant]:
+    """How a method finds the grid of an activation."""
+    return lambda histogram, spec: calibrate_activation(histogram, spec, method.kind, percentile, method.norm)
+
+
+def methods(config: Config, norm: float = NORM, chosen: Sequence[RangeChoice] = ()) -> Methods:
+    """The methods that a configuration asks for; `norm` is that of the errors that `mse` compares, `chosen` what goes before it."""
     if config.algorithm == "aciq":
         return Methods(aciq.calibrate_clipped, aciq.calibrate_allocated, aciq.with_norms)
     activations, weights = config.activation_range, config.weight_range
     if config.algorithm in ("minmax", "lapq"):
         activations = weights = {"minmax": "minmax", "lapq": "mse"}[config.algorithm]
+    asked = RangeMethod("mse" if activations == "auto" else activations, norm)
+    own = {choice.bits: choice.method for choice in chosen}
     return Methods(
-        lambda histogram, spec: calibrate_activation(histogram, spec, activations, config.percentile, norm),
+        lambda histogram, spec: by(own.get(spec.bits, asked), config.percentile)(histogram, spec),
         lambda weight, spec: calibrate_weight(weight, spec, weights, config.percentile, norm),
     )
 
 
 def grids_of(source: SourceModel, placement: Placement, seen: Mapping[str, Histogram], how: Methods) -> QuantTable:
     """The grids of activations whose histograms are given and of all weights, with the codes of rounding to nearest."""
-    table = {name: how.activation(seen[name], spec) for name, spec in placement.activations.items()}
-    table |= shared_grids(placement, seen, how)
-    table |= {name: replace(table[name], copy=copy) for name, copy in placement.copies.items() if name in table}
-    for name, origin in placement.tied.items():
-        table[name] = replace(table[origin], tied_to=origin)
+    table = activation_grids(placement, seen, how.activation)
     for name, spec in placement.weights.items():
         table[name] = how.weight(source.constants[name], spec)
     for name, bias in placement.biases.items():
@@ -108,6 +130,16 @@ def grids_of(source: SourceModel, placement: Placement, seen: Mapping[str, Histo
         weight = source.constants[name]
         table[name] = how.finish(weight, replace(table[name], codes=encode(weight, table[name])))
     return QuantTable(table | stored_grids(source, placement, how))
+
+
+def activation_grids(
+    placement: Placement, seen: Mapping[str, Histogram], activation: Callable[[Histogram, QuantSpec], TensorQuant]
+) -> dict[str, TensorQuant]:
+    """The grids of activations whose histograms are given, of those that share one, and of those that repeat one."""
+    table = {name: activation(seen[name], spec) for name, spec in placement.activations.items()}
+    table |= shared_grids(placement, seen, activation)
+    table |= {name: replace(table[name], copy=copy) for name, copy in placement.copies.items() if name in table}
+    return table | {name: replace(table[origin], tied_to=origin) for name, origin in placement.tied.items()}
 
 
 def stored_grids(source: SourceModel, placement: Placement, how: Methods) -> dict[str, TensorQuant]:
@@ -123,12 +155,14 @@ def stored_grids(source: SourceModel, placement: Placement, how: Methods) -> dic
     return found
 
 
-def shared_grids(placement: Placement, histograms: Mapping[str, Histogram], how: Methods) -> dict[str, TensorQuant]:
+def shared_grids(
+    placement: Placement, histograms: Mapping[str, Histogram], activation: Callable[[Histogram, QuantSpec], TensorQuant]
+) -> dict[str, TensorQuant]:
     """One grid for all values that share one, from all that was seen of them."""
     seen: dict[str, Histogram] = {}
     for name, leader in placement.shared.items():
         seen[leader] = seen[leader].merged(histograms[name]) if leader in seen else histograms[name]
-    grids = {name: how.activation(found, placement.activations[name]) for name, found in seen.items()}
+    grids = {name: activation(found, placement.activations[name]) for name, found in seen.items()}
     return {name: replace(grids[leader], fixed=True) for name, leader in placement.shared.items()}
 
 

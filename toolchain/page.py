@@ -9,7 +9,7 @@ from . import figures
 from .block_picture import block_picture
 from .capacity import oscillation
 from .document import details, document, multiples, section, table
-from .wording import coverage_line, decibel, duration, faster, island_lines, kind, magnitude, size, smaller, worst_sqnr
+from .wording import coverage_line, decibel, duration, faster, island_lines, kind, magnitude, ranges_line, size, smaller, worst_sqnr
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
 _CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
@@ -275,6 +275,7 @@ def _run(report: dict[str, Any]) -> str:
             "calibration",
             f"{report['calibration']['samples']} samples; import to torch differs by {report['calibration']['import_error']:.1e} at most",
         ),
+        *([("activation ranges", ranges_line(report["calibration"]["ranges"]))] if report["calibration"]["ranges"] else []),
         *(("note", note) for note in model["notes"]),
         ("machine", f"{environment['gpu'] or environment['processor']}, {environment['cores']} cores, {environment['platform']}"),
         (

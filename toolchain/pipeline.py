@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from .activations import TorchModel
 from .bias_correction import correct_biases
@@ -19,6 +19,7 @@ from .plan import Plan, block_rows, make_plan, measured
 from .processes import ALONE, Processes
 from .progress import Progress
 from .quant_table import QuantTable
+from .range_choice import RangeChoice
 from .run_folder import RunFolder, Stage
 from .samples import Samples
 from .selection import match_nodes, own_precisions
@@ -35,7 +36,8 @@ class Quantized:
     """What learning hands over: the table, and how it came about.
 
     `import_error` is the worst difference of torch to ONNX Runtime in float, relative to the value's range; `islands` names the nodes that
-    are left to ONNX Runtime, with the reasons; `notes` says what was done otherwise than planned for lack of memory.
+    are left to ONNX Runtime, with the reasons; `notes` says what was done otherwise than planned for lack of memory,
+    `ranges` which method the ranges of activations are from.
     """
 
     table: QuantTable
@@ -49,6 +51,7 @@ class Quantized:
     islands: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     notes: tuple[str, ...] = ()
+    ranges: tuple[RangeChoice, ...] = ()
 
 
 @full_float32
@@ -99,7 +102,11 @@ def quantize(
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)
     saved = processes.first(run.load(_CALIBRATED) if run is not None else None)
-    table = QuantTable(saved.tensors) if saved else calibrate(model, placement, few, config, progress)
+    if saved:
+        table, ranges = QuantTable(saved.tensors), tuple(RangeChoice.of(facts) for facts in saved.facts["ranges"])
+    else:
+        found = calibrate(model, placement, few, config, progress)
+        table, ranges = found.table, found.ranges
     placement = without(placement, placement.activations.keys() - table.tensors.keys())
     table = QuantTable(processes.first(dict(table.tensors)))
     laps.end("calibrate")
@@ -110,7 +117,7 @@ def quantize(
     losses = processes.first([(row.loss, row.energy) for row in rows])
     rows = tuple(replace(row, loss=loss, energy=energy) for row, (loss, energy) in zip(rows, losses, strict=True))
     if run is not None and config.learns and not saved:
-        run.save(_CALIBRATED, Stage(table.tensors, {"losses": losses}))
+        run.save(_CALIBRATED, Stage(table.tensors, {"losses": losses, "ranges": [asdict(choice) for choice in ranges]}))
     plan = make_plan(source, rows, config)
     laps.end("plan")
     units = replace(
@@ -128,7 +135,18 @@ def quantize(
             table = correct_biases(units, placement, table, samples)
     laps.end("reconstruct")
     return Quantized(
-        table, placement, plan, results, import_error, str(device), samples.count, laps.seconds, islands, processes.count, tuple(room.notes)
+        table,
+        placement,
+        plan,
+        results,
+        import_error,
+        str(device),
+        samples.count,
+        laps.seconds,
+        islands,
+        processes.count,
+        tuple(room.notes),
+        ranges,
     )
 
 

@@ -21,6 +21,7 @@ from .islands import island_rows
 from .pipeline import Quantized
 from .plan import BlockRow, Plan
 from .quant_table import BIAS_BITS, QuantTable
+from .range_choice import RangeChoice
 from .sensitivity import Sensitivity
 from .source import SourceModel
 from .unit import CurvePoint, UnitResult
@@ -65,7 +66,11 @@ def run_report(
                 "algorithm": _algorithm(config),
             },
             "environment": {**environment(quantized.device), "processes": quantized.processes},
-            "calibration": {"samples": quantized.samples, "import_error": quantized.import_error},
+            "calibration": {
+                "samples": quantized.samples,
+                "import_error": quantized.import_error,
+                "ranges": [range_report(choice) for choice in quantized.ranges],
+            },
             **plan_report(quantized.plan),
             "units": [unit_report(result) for result in quantized.results],
             "oscillation": oscillations(quantized),
@@ -81,6 +86,12 @@ def run_report(
             "memory_peak_bytes": peak_memory(),
         }
     )
+
+
+def range_report(choice: RangeChoice) -> dict[str, Any]:
+    """The method of one bit width, and the SQNR in dB of the outputs under each candidate, with these activations alone quantized."""
+    sqnr = {name: -10.0 * math.log10(error) if error else None for name, error in choice.errors.items()}
+    return {"bits": choice.bits, "method": choice.method.label, "sqnr": sqnr}
 
 
 def plan_report(plan: Plan) -> dict[str, Any]:

@@ -13,7 +13,21 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from .wording import behind, coverage_line, decibel, duration, faster, headline, island_lines, kind, magnitude, size, smaller, steps
+from .wording import (
+    behind,
+    coverage_line,
+    decibel,
+    duration,
+    faster,
+    headline,
+    island_lines,
+    kind,
+    magnitude,
+    ranges_line,
+    size,
+    smaller,
+    steps,
+)
 
 _SHIP = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
 _MOST_ROWS = 8  # of one kind in the closing summary; the rest is in the report
@@ -53,6 +67,8 @@ def details(report: dict[str, Any]) -> Group:
         ("target", escape(report["conventions"]["target"])),
         ("convention", escape(report["conventions"]["precision"])),
     ]
+    if report["calibration"]["ranges"]:
+        facts.append(("activation ranges", ranges_line(report["calibration"]["ranges"])))
     parts: list[Any] = [validation_table(report["validation"])]
     if report["units"]:
         improved = sum(u["kept"] == "learned" for u in report["units"])

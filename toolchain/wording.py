@@ -131,3 +131,14 @@ def _exactness(v: dict[str, Any]) -> str:
     if found["agreement"] is not None:
         return f"{text}; {found['agreement']:.2f} % the same prediction as the simulation that was learned"
     return f"{text}; {decibel(found['sqnr'])} to the simulation that was learned"
+
+
+def ranges_line(choices: list[dict[str, Any]]) -> str:
+    """Which method the ranges of activations are from, and what was tried, from the report."""
+    tried = "; ".join(
+        f"{choice['bits']} bits: {choice['method']} ("
+        + ", ".join(f"{name} {value:.1f}" for name, value in choice["sqnr"].items() if value is not None)
+        + " dB)"
+        for choice in choices
+    )
+    return f"chosen by the SQNR of the outputs with these activations alone quantized: {tried}"

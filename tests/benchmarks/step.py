@@ -108,7 +108,7 @@ def setting(design: Design, folder: Path, batch: int, iterations: int) -> Settin
     (piece,) = model.pieces
     assert isinstance(piece, TorchBlock)
     placement = place(source, types, config.scheme, config.precision, frozenset())
-    table = calibrate(model, placement, samples.first(16), config)
+    table = calibrate(model, placement, samples.first(16), config).table
     floats, quantized = model.stream(samples.inputs), model.stream(samples.inputs, table)
     unit = Unit(
         piece=piece,
