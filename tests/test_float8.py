@@ -96,7 +96,7 @@ def test_the_file_is_the_simulation(target: str, activations: int, tmp_path: Pat
     if target in CHECKED:
         assert not [violation for violation in check(exported, target) if violation.is_error]
     expected, values = (next(iter(runtime.run(runtime.session(model), SAMPLES.inputs).values())) for model in (source.model, exported))
-    assert 10 * np.log10(np.square(expected).sum() / np.square(values - expected).sum()) > 18.0  # dB; 3 bits of mantissa alone give some 30, and a dozen quantizers follow each other
+    assert 10 * np.log10(np.square(expected).sum() / np.square(values - expected).sum()) > 18.0  # dB: 3 bits of mantissa, a dozen times
 
 
 def test_files_with_fp8_activations_load_by_default_nowhere_but_in_tensorrt(tmp_path: Path) -> None:
