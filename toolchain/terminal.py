@@ -129,17 +129,21 @@ def show_inspection(console: Console, facts: dict[str, Any]) -> None:
         console.print(f"[yellow]float island, left to ONNX Runtime:[/yellow] {escape(line)}")
 
 
-def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
-    """The layers that add most noise, and what to try; `most` rows, None for all."""
+def diagnosis_table(facts: dict[str, Any], most: int | None, width: int) -> Group:
+    """The layers that add most noise, and what to try; `most` rows, None for all. A narrow terminal shows fewer figures of each."""
     outputs = ", ".join(f"{name} {decibel(value)}" for name, value in facts["outputs"].items())
-    table = _table(
-        f"Noise by layer, {facts['samples']} samples; outputs: {outputs}", "added>", "total>", "weight>", "input>", "gain>", "layer"
-    )
+    columns = ("added", "total", *(() if width < _NARROW else ("weight", "input")), "gain")
+    table = _table(f"Noise by layer, {facts['samples']} samples; outputs: {outputs}", *(f"{column}>" for column in columns), "layer")
     for layer in facts["layers"][:most]:
-        cells = [decibel(layer["added"]), decibel(layer["total"])]
-        cells += ["float" if name is None else decibel(name) for name in (layer["weight"], layer["input"])]
         gain = layer["gain"]
-        table.add_row(*cells, f"{gain:+.1f} dB" if gain is not None else "", escape(_tail(layer["node"])))
+        cells = {
+            "added": decibel(layer["added"]),
+            "total": decibel(layer["total"]),
+            "weight": "float" if layer["weight"] is None else decibel(layer["weight"]),
+            "input": "float" if layer["input"] is None else decibel(layer["input"]),
+            "gain": f"{gain:+.1f} dB" if gain is not None else "",
+        }
+        table.add_row(*(cells[column] for column in columns), escape(_tail(layer["node"])))
     parts: list[Any] = [table]
     if most is not None and len(facts["layers"]) > most:
         parts.append(Text(f"and {len(facts['layers']) - most} layers that add less; --verbose lists them", style="dim"))
@@ -149,16 +153,19 @@ def diagnosis_table(facts: dict[str, Any], most: int | None) -> Group:
     return Group(*parts, _facts(tries))
 
 
-def comparison_table(lines: list[dict[str, Any]]) -> Table:
-    """Mean and spread over the seeds of each method; top-1 and agreement in percent."""
-    columns = ("bits", "method", "top-1>", "same>", "SQNR dB>", "behind>", "osc.>")
-    title = (
-        "Methods: mean ± standard deviation over seeds; same: % of predictions equal to float; behind: points behind the best ± half the "
-    )
-    table = _table(f"{title}95 % interval over samples; osc.: oscillation, the sum of the drops of the loss", *columns)
+def comparison_table(lines: list[dict[str, Any]], width: int) -> Table:
+    """Mean and spread over the seeds of each method; top-1 and agreement in percent. A narrow terminal shows fewer figures."""
+    is_wide, is_labelled = width >= _NARROW, any(line["top1"] is not None for line in lines)
+    measures = {"top-1>": "top1", "same>": "agreement"} if is_wide else {"top-1>": "top1"} if is_labelled else {"same>": "agreement"}
+    title = "Methods: mean ± standard deviation over seeds; "
+    title += "same: % of predictions equal to float; " if "same>" in measures else ""
+    title += "behind: points behind the best ± half the 95 % interval over samples"
+    title += "; osc.: oscillation, the sum of the drops of the loss" if is_wide else ""
+    table = _table(title, "bits", "method", *measures, "SQNR dB>", "behind>", *(("osc.>",) if is_wide else ()))
     for line in lines:
-        cells = [_spread(line, key, ".1f") for key in ("top1", "agreement", "sqnr")]
-        table.add_row(line["precision"], escape(line["method"]), *cells, behind(line), _spread(line, "units_after", ".3g"))
+        cells = [_spread(line, key, ".1f") for key in (*measures.values(), "sqnr")]
+        oscillation = [_spread(line, "units_after", ".3g")] if is_wide else []
+        table.add_row(line["precision"], escape(line["method"]), *cells, behind(line), *oscillation)
     return table
 
 

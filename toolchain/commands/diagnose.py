@@ -76,4 +76,4 @@ def diagnose_command(
         if as_json:
             click.echo(report.as_json(facts), nl=False)
         else:
-            shown.out.print(terminal.diagnosis_table(facts, None if verbose else _MOST_LAYERS))
+            shown.out.print(terminal.diagnosis_table(facts, None if verbose else _MOST_LAYERS, shown.out.width))

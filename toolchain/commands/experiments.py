@@ -72,7 +72,7 @@ def compare(
         report.write_text(page, experiments_page(said))
         if as_json:
             click.echo(report.as_json(facts | {"summary": lines}), nl=False)
-        shown.out.print(terminal.comparison_table(lines))
+        shown.out.print(terminal.comparison_table(lines, shown.out.width))
         shown.out.print(f"wrote {output} and {page}", markup=False, soft_wrap=True)
 
 
