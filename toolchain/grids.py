@@ -71,7 +71,8 @@ def observe(model: TorchModel, placement: Placement, samples: Samples, progress:
 
     def look(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in placement.activations and name not in endless and tensor.numel():
-            if not torch.isfinite(tensor.aminmax()[1] - tensor.aminmax()[0]):
+            low, high = torch.aminmax(tensor)
+            if not torch.isfinite(high - low):
                 endless.add(name)
                 return tensor
             seen = Histogram.of(tensor)
