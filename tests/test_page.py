@@ -161,6 +161,15 @@ def test_no_report_is_an_error(text: str | None, message: str, tmp_path: Path) -
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_report_of_another_version_is_an_error(facts: dict[str, Any], tmp_path: Path) -> None:
+    old = tmp_path / "report.json"
+    old.write_text(json.dumps(facts | {"units": [{key: unit[key] for key in unit if key != "reason"} for unit in facts["units"]]}))
+    result = CliRunner().invoke(main, ["report", str(old)])
+    assert result.exit_code == 2
+    assert "has no 'reason': it was written by another version" in result.output
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_a_report_of_another_model_is_not_overlaid(place: Path, facts: dict[str, Any], tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text(json.dumps(facts | {"model": facts["model"] | {"sha256": "0", "path": "other.onnx"}}))

@@ -105,7 +105,7 @@ def run_jobs(
         keys.append((_key(head), job))
         if keys[-1][0] in rows:
             continue
-        text = f"{job.label} w{job.config.weight_bits}a{job.config.activation_bits} seed {job.config.seed}"
+        text = f"{index + 1}/{len(todo)}: {job.label} {job.config.label} seed {job.config.seed}"
 
         def shown(what: str, done: int, total: int, loss: float, index: int = index, text: str = text) -> None:
             step = done / max(total, 1) if what.startswith("recon") else 0.0

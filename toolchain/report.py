@@ -30,7 +30,6 @@ from .verdict import intervals, verdict
 
 _PACKAGES = ("mrecg-onnx", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "onnx2torch", "numpy", "matplotlib")
 _KEYS = ("model", "config", "blocks", "plan", "units", "oscillation", "worst_values", "sensitivity", "validation", "verdict", "seconds")
-FORMAT = 2  # of report.json; counted up where a page drawn from it would miss something
 _WORST = 6  # values whose histograms are kept, of each kind
 
 
@@ -48,7 +47,6 @@ def run_report(
     """All facts of a `quantize` run as JSON-ready data; times in seconds, accuracies in percent, ratios in dB, sizes in bytes."""
     return finite(
         {
-            "format": FORMAT,
             "model": {
                 "path": str(source.path),
                 "sha256": source.sha256,
@@ -267,14 +265,12 @@ def load_report(path: Path) -> dict[str, Any]:
     """Read a report.json.
 
     Raises:
-        UsageError: it cannot be read, or is no report of a `quantize` run, or one of another version.
+        UsageError: it cannot be read, or is no report of a `quantize` run.
     """
     report = _json(path)
     missing = [key for key in _KEYS if not isinstance(report, dict) or key not in report]
     if missing:
         raise UsageError(f"{path}: has no {missing[0]!r}: not the report.json of a `quantize` run")
-    if report.get("format") != FORMAT:
-        raise UsageError(f"{path}: was written by another version of mrecg-onnx, whose page this one cannot draw")
     return report
 
 

@@ -248,24 +248,30 @@ class _Lines:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._what, self._stage = "", ""
+        self._what, self._stage, self._first = "", "", 0
         self._printed = self._started = time.monotonic()
 
     def show(self, what: str, done: int, total: int, loss: float) -> None:
         now = time.monotonic()
         stage = what.split()[0]
         if stage != self._stage:
-            self._stage, self._started = stage, now
+            self._stage, self._started, self._first = stage, now, done  # a resumed stage does not start at 0
         if what == self._what and now - self._printed < _HEARTBEAT:
             return
         parts = [f"{100 * done // max(total, 1)} %"]
         if loss == loss:
             parts.append(f"loss {loss:.4g}")
-        spent = now - self._started
-        if done and spent > 1:
-            parts += [f"{done / spent:.3g} steps/s", f"{duration((total - done) * spent / done)} left"]
+        spent, made = now - self._started, done - self._first
+        if made > 0 and spent > 1:
+            parts += [f"{made / spent:.3g} steps/s"] if _counts_steps(what) else []
+            parts.append(f"{duration((total - done) * spent / made)} left")
         self._what, self._printed = what, now
         self._console.print(f"{what} ({', '.join(parts)})", soft_wrap=True, markup=False)
+
+
+def _counts_steps(what: str) -> bool:
+    """Whether progress is counted in steps of an optimisation, whose rate says something."""
+    return what.startswith("reconstructing")
 
 
 class _Bar:
@@ -278,7 +284,7 @@ class _Bar:
     def show(self, what: str, done: int, total: int, loss: float) -> None:
         if what.split()[0] != self._stage:
             self._stage = what.split()[0]
-            self._bars.reset(self._task)
+            self._bars.reset(self._task, completed=done)  # a resumed stage does not start at 0
         text = f"loss {loss:.3g}" if loss == loss else ""
         self._bars.update(self._task, description=escape(what), completed=done, total=total, loss=text)
 
@@ -288,7 +294,7 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         left = task.time_remaining
-        rate = f"{task.speed:.3g}/s" if task.speed else ""
+        rate = f"{task.speed:.3g}/s" if task.speed and _counts_steps(task.description) else ""
         return Text(f"{rate:>7} {duration(left) + ' left' if left is not None else '':>11}", style="dim")
 
 

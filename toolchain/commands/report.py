@@ -39,5 +39,9 @@ def report_command(report_file: Path, overlay: Path | None, output: Path | None,
         other = report.load_report(overlay) if overlay is not None else None
         if other is not None and other["model"]["sha256"] != facts["model"]["sha256"]:
             raise UsageError(f"--overlay {overlay}: is of another model ({other['model']['path']}, not {facts['model']['path']})")
-        report.write_text(place, report_page(facts, other))
+        try:
+            page = report_page(facts, other)
+        except KeyError as missing:
+            raise UsageError(f"{report_file}: has no {missing}: it was written by another version of mrecg-onnx") from missing
+        report.write_text(place, page)
         click.echo(f"wrote {place}")
