@@ -243,12 +243,13 @@ def _units(units: list[dict[str, Any]]) -> str:
             f"{100 * (unit['loss_after'] / unit['loss_before'] - 1):+.0f} %" if unit["loss_before"] else "",
             f"{100 * unit['flipped']:.1f} %",
             "" if unit["undecided"] is None else f"{100 * unit['undecided']:.1f} %",
+            str(unit["iterations"]),
             f"{unit['seconds']:.1f}",
             "learned" if unit["reason"] is None else f"calibrated: {unit['reason']}",
         )
         for unit in units
     ]
-    columns = ("unit", "loss before>", "after>", "change>", "flipped>", "undecided>", "seconds>", "kept")
+    columns = ("unit", "loss before>", "after>", "change>", "flipped>", "undecided>", "iterations>", "seconds>", "kept")
     text = (
         "Hard-quantized losses over all calibration samples; the better of the two is kept. Flipped: weights rounded to the other side "
         "than the nearest. Undecided: weights whose soft rounding was still open at the end; many of them ask for more iterations."

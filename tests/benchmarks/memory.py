@@ -1,12 +1,15 @@
 """Peak memory of a reconstruction against the estimate printed before it.
 
 usage: python -m tests.benchmarks.memory MODEL.onnx --calibration DATA --out RESULTS.json [--samples 128] [--iterations 3] [--budget 2GB]
+    [--units 4]
 
 Peaks are sampled from /proc/self/status every 20 ms while `quantize` runs: anonymous memory, which the system cannot take back, and all of
-it with mapped files. Validation is left out. Calibration data is what `mrecg-onnx quantize` takes; `--image-crop none` is passed on.
+it with mapped files. Validation is left out, and with `--units` all that comes after so many units: where images shrink, the peak is
+among the first. Calibration data is what `mrecg-onnx quantize` takes; `--image-crop none` is passed on.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import threading
@@ -17,6 +20,7 @@ from typing import Any
 from toolchain import pipeline, report, survey
 from toolchain.config import Config, DataConfig
 from toolchain.cpu import keep_freed_memory
+from toolchain.progress import Progress
 from toolchain.run_folder import RunFolder
 from toolchain.samples import Preprocessing, load_samples
 from toolchain.source import load_source
@@ -39,6 +43,23 @@ class Watch(threading.Thread):
             time.sleep(0.02)
 
 
+class _EnoughError(Exception):
+    """Raised where the rest is not wanted."""
+
+
+def stopping_after(units: int | None) -> Progress:
+    """A progress callback that ends a run after so many units; None: never."""
+    begun: set[str] = set()
+
+    def progress(what: str, _done: int, _total: int, _loss: float) -> None:
+        if what.startswith("reconstructing"):
+            begun.add(what)
+        if units is not None and len(begun) > units:
+            raise _EnoughError
+
+    return progress
+
+
 def main() -> None:
     """Quantize under the watch, add a row to the results, print it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,6 +69,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--budget")
+    parser.add_argument("--units", type=int)
     args = parser.parse_args()
     if args.budget is None:  # as the command line does
         keep_freed_memory()
@@ -66,13 +88,15 @@ def main() -> None:
     watch = Watch()
     watch.start()
     start = time.perf_counter()
-    pipeline.quantize(source, samples, config, run=run)
+    with contextlib.suppress(_EnoughError):
+        pipeline.quantize(source, samples, config, stopping_after(args.units), run)
     watch.done = True
     run.remove()
     estimate = expected.total if config.memory is None else min(expected.total, config.memory)
     row: dict[str, Any] = {
         "model": args.model.stem,
         "samples": samples.count,
+        "units": args.units,
         "batch": config.batch_size,
         "budget": config.memory,
         "estimate": dataclasses.asdict(expected) | {"total": expected.total},
