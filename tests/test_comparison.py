@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import zoo
+from tests.benchmarks import claims
 from toolchain import comparison, study
 from toolchain.cli import main
 from toolchain.config import Config
@@ -187,6 +188,15 @@ def test_data_verdict_needs_more_than_noise() -> None:
     assert study.findings(["data"], rows(84.0))["data"]["holds"] is True
     assert study.findings(["data"], rows(76.0))["data"]["holds"] is False
     assert study.findings(["data"], rows(80.1))["data"]["holds"] is None
+
+
+def test_claims_of_stored_rows() -> None:
+    terms = {"model": "net", "precision": "w3a3", "method": "qdrop"}
+    joined = ["b00", "b01+b02", "b03"]
+    alone = row("qdrop", [1.0, 3.0, 2.0, 1.0], **terms)
+    mrecg = row("mrecg+qdrop", [1.0, 1.5, 1.0], units=joined, learned_units=joined, blocks=NAMES, **(terms | {"method": "mrecg+qdrop"}))
+    assert claims.line(alone, mrecg) == ("net", "w3a3", "qdrop", "4", "2", "1", "3", "1", "1 of 3", "80.00")
+    assert claims.line(mrecg, None) == ("net", "w3a3", "mrecg+qdrop", "3", "0.5", "", "1.5", "1", "", "80.00")
 
 
 def test_study_from_the_command_line(place: Path) -> None:

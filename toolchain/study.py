@@ -178,8 +178,8 @@ def _noise(first: Mapping[str, Any], last: Mapping[str, Any]) -> float:
     return (high - low) / 2
 
 
-def _theorem(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    (row,) = rows
+def equivalent_neighbours(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Neighbouring blocks of a run, every block alone, with the same layers and no new stage, and whether the loss rises or stays."""
     losses = dict(zip(row["learned_units"], final_losses(row), strict=True))
     position = {name: index for index, name in enumerate(row["blocks"])}
     pairs = []
@@ -187,6 +187,12 @@ def _theorem(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         same = row["block_layers"][position[a]] == row["block_layers"][position[b]] and not row["block_opens"][position[b]]
         if same and a in losses and b in losses:
             pairs.append({"blocks": [a, b], "losses": [losses[a], losses[b]], "rises": losses[b] >= losses[a]})
+    return pairs
+
+
+def _theorem(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    (row,) = rows
+    pairs = equivalent_neighbours(row)
     if not pairs:
         return {"pairs": pairs, "verdict": "The model has no equivalent neighbours (same layers, no new stage).", "holds": None}
     count = sum(pair["rises"] for pair in pairs)
