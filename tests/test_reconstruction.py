@@ -217,3 +217,20 @@ def test_a_unit_ends_once_its_rounding_is_decided(tmp_path: Path) -> None:
     names = [name for name, grid in first.changes.items() if grid.codes is not None and grid.spec.bits <= 8]
     same = [np.asarray(first.changes[name].codes) == np.asarray(short.changes[name].codes) for name in names]
     assert np.mean(np.concatenate([s.ravel() for s in same])) > 0.9  # only what was open may still have moved
+
+
+@pytest.mark.parametrize("shape", [(5, 6, 3, 7), (5, 6, 7), (5, 6), (5,)])
+def test_the_loss_has_the_gradient_of_autograd_bit_for_bit(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    made, target = (torch.randn(shape, generator=generator) for _ in range(2))
+    if len(shape) == 4:
+        made, target = (x.contiguous(memory_format=torch.channels_last) for x in (made, target))
+    axis = {4: 1, 3: 2, 2: 1, 1: 0}[len(shape)]
+    grads = []
+    for is_plain in (False, True):
+        leaf = made.clone().requires_grad_()
+        plain = (leaf - target).square().sum(dim=axis).mean() * 0.7
+        loss = plain if is_plain else losses.loss_of({"y": leaf}, {"y": target}, {"y": 0.7})
+        (loss / 3).backward()
+        grads.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
