@@ -25,7 +25,7 @@ def left(model: onnx.ModelProto, folder: Path, **options: object) -> list[FloatO
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("make", [zoo.tiny_resnet, zoo.every_rule])
+@pytest.mark.parametrize("make", [zoo.tiny_resnet, zoo.every_rule, zoo.detector])
 def test_nothing_of_a_network_for_ort_cpu_runs_in_float(make: Callable[[], onnx.ModelProto], bits: int, tmp_path: Path) -> None:
     assert left(make(), tmp_path, weight_bits=bits, activation_bits=bits) == []
 

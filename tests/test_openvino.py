@@ -55,6 +55,10 @@ def smallest_mobilenet() -> onnx.ModelProto:
     return zoo.mobilenet_v2(0.25, image=16)
 
 
+def detector() -> onnx.ModelProto:
+    return zoo.detector(16)
+
+
 def run(path: Path) -> np.ndarray:
     return ov.Core().compile_model(str(path), "CPU", _FLOAT32)(SAMPLES.inputs["x"])[0]
 
@@ -72,7 +76,7 @@ def differing(model: onnx.ModelProto, target: str, bits: int, folder: Path, **op
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("build", [projected, joined, gated, smallest_mobilenet])
+@pytest.mark.parametrize("build", [projected, joined, gated, smallest_mobilenet, detector])
 def test_openvino_computes_what_was_simulated(build: Any, bits: int, tmp_path: Path) -> None:
     share, exported = differing(build(), "openvino", bits, tmp_path)
     assert share <= 0.1  # a code on a rounding tie falls either way: at most one of 16 samples

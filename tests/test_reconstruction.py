@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
@@ -234,3 +235,19 @@ def test_the_loss_has_the_gradient_of_autograd_bit_for_bit(shape: tuple[int, ...
         (loss / 3).backward()
         grads.append((loss.detach(), leaf.grad))
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # of what a report says of such values
+@pytest.mark.parametrize("algorithm", ["qdrop", "adaround", "adaquant"])
+def test_values_whose_loss_is_no_number_stay_calibrated(algorithm: str, tmp_path: Path) -> None:
+    """1e22 squared is beyond float32."""
+    model = zoo.tiny_resnet()
+    for tensor in model.graph.initializer:
+        if tensor.name == model.graph.node[0].input[1]:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * np.float32(1e22), tensor.name))
+    source = zoo.loaded(model, tmp_path)
+    found = quantize(source, zoo.images(16), Config(iterations=5, device="cpu", algorithm=algorithm, keep_float=("Gemm",)))
+    refused = [result for result in found.results if result.reason is not None and "no finite numbers" in result.reason]
+    assert refused
+    assert all(result.kept == "initial" for result in refused)
+    assert all(np.isfinite(grid.scale).all() for grid in found.table.tensors.values())

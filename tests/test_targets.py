@@ -29,15 +29,15 @@ def made(target: str, folder: Path, model: onnx.ModelProto | None = None, **opti
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_file_of_each_target_is_the_simulation(target: str, bits: int, tmp_path: Path) -> None:
-    source, config, found = made(target, tmp_path, weight_bits=bits, activation_bits=bits)
+@pytest.mark.parametrize(("build", "bits"), [(zoo.every_rule, 4), (zoo.every_rule, 8), (zoo.detector, 8)])
+def test_the_file_of_each_target_is_the_simulation(build: Any, target: str, bits: int, tmp_path: Path) -> None:
+    source, config, found = made(target, tmp_path, build(), weight_bits=bits, activation_bits=bits)
     exported = export_qdq(source.model, found.table, scheme=config.scheme)
     few = SAMPLES.first(8)
     values = simulated_values(source, found.table, few)
     check = check_simulation(exported, found.table, values, few.inputs)
     grids = [name for name, grid in found.table.tensors.items() if grid.codes is None]
-    assert check.values >= len(grids) + 1  # every quantized value, and the floats between them
+    assert check.values >= len(grids)  # every quantized value, and the floats between them, if there are any
     assert check.steps <= 1.0  # float sums in another order: a code on a rounding tie falls either way
     assert check.share < 0.1
     assert check_kernels(exported, few.inputs).steps <= 1.0  # loads with default options, and its kernels round as the file says
@@ -85,6 +85,20 @@ def test_float_biases_are_whole_steps(target: str, tmp_path: Path) -> None:
     )
     step = np.ptp(written) / 255
     assert (np.abs(default - written).max(axis=1) < 0.1 * step).mean() >= 0.9  # a code on a rounding tie falls either way
+
+
+def test_what_only_moves_repeats_its_origin(tmp_path: Path) -> None:
+    """The parts of a Split and what Resize repeats need no grid of their own, and so no float operator between integer ones."""
+    _, _, found = made("ort-cpu", tmp_path, zoo.detector(), weight_bits=8, activation_bits=8)
+    (split,) = {found.placement.tied[name] for name in ("split_0", "split_1")}
+    assert split in found.placement.activations
+    assert found.placement.tied["up"] in found.placement.activations
+    for mode in ("linear", "cubic"):
+        model = zoo.detector()
+        resize = next(node for node in model.graph.node if node.op_type == "Resize")
+        next(a for a in resize.attribute if a.name == "mode").s = mode.encode()
+        _, _, found = made("ort-cpu", tmp_path, model, weight_bits=8, activation_bits=8)
+        assert "up" not in found.placement.tied  # it computes
 
 
 def test_known_ranges_and_shared_grids_are_not_learned(tmp_path: Path) -> None:

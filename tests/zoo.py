@@ -145,6 +145,26 @@ def every_rule(opset: int = 17) -> onnx.ModelProto:
     return b.model(b.linear(z, 16, 10))
 
 
+def detector(image: int = 8) -> onnx.ModelProto:
+    """What YOLO is made of: a Split whose parts go through convolutions, sums and a Concat, gates, and an upsampling neck."""
+    b = Builder({"x": ["N", 3, image, image]})
+
+    def silu(x: str) -> str:
+        return b.op("Mul", x, b.op("Sigmoid", x))
+
+    shallow = silu(b.conv("x", 3, 16))
+    halves = b.constant("halves", np.array([8, 8], np.int64))
+    first = b.op("Split", silu(b.conv(shallow, 16, 16, 1)), halves, name="split", outputs=2, axis=1)
+    second = first.removesuffix("0") + "1"
+    deep = b.op("Add", silu(b.conv(second, 8, 8)), second, name="sum")
+    x = silu(b.conv(b.op("Concat", first, second, deep, name="joined", axis=1), 24, 16, 1))
+    x = silu(b.conv(x, 16, 16, stride=2))
+    scales = b.constant("scales", np.array([1, 1, 2, 2], np.float32))
+    x = b.op("Resize", x, "", scales, name="up", mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+    x = silu(b.conv(b.op("Concat", x, shallow, name="neck", axis=1), 32, 16))
+    return b.model(b.head(x, 16))
+
+
 def images(count: int = 32, shape: Sequence[int] = (3, 8, 8), seed: int = 1, name: str = "x") -> Samples:
     """Smooth random images: neighbouring pixels are correlated, as in real ones."""
     rng = np.random.default_rng(seed)

@@ -16,8 +16,10 @@ _FREE = frozenset(
     {
         *("QuantizeLinear", "DequantizeLinear", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Identity", "Expand"),
         *("Concat", "Split", "Gather", "Cast", "Shape", "Constant", "ConstantOfShape", "ReorderInput", "ReorderOutput", "Range", "Pad"),
+        "NhwcMaxPool",  # for 8-bit integers only
     }
 )
+_MOVES = frozenset({"MaxPool", "Resize"})  # on codes as on floats
 _PACKED = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2})
 _WIDE = frozenset({TensorProto.INT16, TensorProto.UINT16})
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})
@@ -45,8 +47,21 @@ def float_operators(graph: onnx.GraphProto) -> tuple[FloatOperator, ...]:
     return tuple(
         FloatOperator(node.name or node.output[0], node.op_type, _reason(node, producer, readers, kinds, outputs))
         for node in graph.node
-        if node.op_type not in _FREE and not node.op_type.startswith(INTEGER_PREFIXES) and not _clips_codes(node, producer, kinds)
+        if node.op_type not in _FREE
+        and not node.op_type.startswith(INTEGER_PREFIXES)
+        and not _clips_codes(node, producer, kinds)
+        and not (node.op_type in _MOVES and _is_codes(node.input[0], producer))
     )
+
+
+def _is_codes(value: str, producer: Mapping[str, onnx.NodeProto]) -> bool:
+    """Whether a value holds integers: what a quantizer or an integer kernel made, perhaps moved since."""
+    node = producer.get(value)
+    if node is None:
+        return False
+    if node.op_type in _FREE - {"QuantizeLinear", "DequantizeLinear", "Cast"} or node.op_type in (*_MOVES, "Clip"):
+        return _is_codes(node.input[0], producer)
+    return node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear")
 
 
 def _clips_codes(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], kinds: Mapping[str, int]) -> bool:

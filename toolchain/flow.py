@@ -21,6 +21,8 @@ DATA_MOVEMENT = frozenset(
         "SpaceToDepth",
         "Pad",
         "Dropout",
+        "Split",
+        "Resize",  # to the nearest: others compute
     }
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
@@ -45,11 +47,16 @@ class Flow:
             node.op_type in DATA_MOVEMENT
             and node.is_standard
             and node.name not in self.keep_float
-            and len([v for v in node.outputs if v]) == 1
-            and node.outputs[0] in self.quantizable
-            and node.outputs[0] not in self.copies
+            and all(value in self.quantizable and value not in self.copies for value in node.outputs if value)
             and (node.op_type != "Pad" or self._pads_with_zero(node))
+            and (node.op_type != "Resize" or self._repeats(node))
         )
+
+    def _repeats(self, node: Node) -> bool:
+        """Whether a Resize only repeats and leaves out, and fills nothing in."""
+        attributes = {a.name: a.s for a in self.model.node_protos[node.name].attribute}
+        filled = attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
+        return attributes.get("mode", b"nearest") == b"nearest" and not filled
 
     def _pads_with_zero(self, node: Node) -> bool:
         """Zero is on every grid; another constant need not be."""
@@ -76,7 +83,7 @@ class Flow:
             if node.name in integer and value in self._quantized_inputs(node):
                 found.append(node)
             elif node.name not in integer and self.moves(node) and node.inputs[0] == value:
-                found += self.integer_readers(node.outputs[0], integer)
+                found += [reader for output in node.outputs if output for reader in self.integer_readers(output, integer)]
         return found
 
     def is_quantized_output(self, value: str) -> bool:

@@ -195,9 +195,9 @@ def completed(source: SourceModel, table: QuantTable, scheme: Scheme) -> QuantTa
     flow = Flow(source, values, frozenset(), scheme, frozenset(table.copies))
     found = dict(table.tensors)
     for node in graph.nodes:
-        if flow.moves(node) and node.inputs[0] in found and node.outputs[0] not in {*found, *graph.outputs}:
-            origin = found[node.inputs[0]]
-            found[node.outputs[0]] = replace(origin, tied_to=origin.tied_to or node.inputs[0], copy=None)
+        if flow.moves(node) and (origin := found.get(node.inputs[0])) is not None:
+            moved = replace(origin, tied_to=origin.tied_to or node.inputs[0], copy=None)
+            found |= {value: moved for value in node.outputs if value and value not in {*found, *graph.outputs}}
     for node in graph.weighted if scheme.bias != "float" else ():
         weight, bias = graph.weight(node), graph.bias(node)
         if weight is None or bias is None or bias in found or not {weight, node.inputs[0]} <= found.keys():

@@ -14,7 +14,7 @@ from .fake_quant import GAMMA, ZETA, Coins, rounding_logits, soft_round
 from .losses import loss_of
 from .quant_table import QuantTable, TensorQuant
 from .step_learning import LearnedSteps, anneal
-from .unit import CurvePoint, Learned, Unit, UnitResult, is_curve_point, learned_unit
+from .unit import NOT_FINITE, CurvePoint, Learned, Unit, UnitResult, are_finite, is_curve_point, learned_unit
 
 _SMALLEST_FACTOR = 0.01  # of the calibrated step: Adam must not carry a step through zero
 _DECIDED = 0.95  # |2h - 1| above which a rounding counts as decided before it is made hard
@@ -23,10 +23,10 @@ _DECIDED = 0.95  # |2h - 1| above which a rounding counts as decided before it i
 def reconstruct_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
     """Learn the rounding of a unit's weights, its biases and the steps of the activations it makes."""
     unit = unit.aiming_at(unit.piece.block.learned_outputs)
-    return learned_unit(unit, lambda _: _learn(unit))
+    return learned_unit(unit, lambda before: _learn(unit, before))
 
 
-def _learn(unit: Unit) -> Learned:
+def _learn(unit: Unit, before: QuantTable) -> Learned:
     piece, table, settings, device = unit.piece, unit.table, unit.settings, unit.device
     draw, given = unit.draw(), unit.given
     rounding = _Rounding({name: given[name] for name in unit.weights}, table, device)
@@ -67,6 +67,8 @@ def _learn(unit: Unit) -> Learned:
             unit.progress(iteration + 1, settings.iterations, value)
             if beta is not None and settings.early_stop is not None and decided >= settings.early_stop:
                 break  # a weight at one of its ends has no gradient: what is decided stays
+    if not are_finite([rounding.logits, *steps.parameters, *biases.parameters]):
+        return Learned(before, tuple(curve), None, NOT_FINITE)
     learned = table.updated(rounding.hard_codes(table) | steps.grids())
     return Learned(unit.finish(learned, biases.arrays()), tuple(curve), rounding.undecided())
 

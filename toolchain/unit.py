@@ -132,6 +132,9 @@ class Unit:
         return full_loss(outputs, self.targets, self.passes), outputs
 
 
+NOT_FINITE = "the loss or its gradients are no finite numbers"
+
+
 class Learned(NamedTuple):
     """What learning made: a finished table, the curve, the share of roundings left open (None: none was soft), or why it made nothing."""
 
@@ -177,6 +180,11 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned]) -> tuple[Un
         reason=None if is_better else refusal or "learning ended with a larger loss",
     )
     return result, outputs
+
+
+def are_finite(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether learned parameters are numbers: values near the end of float32 have losses and gradients that are not."""
+    return all(bool(torch.isfinite(parameter).all()) for parameter in parameters)
 
 
 def is_curve_point(iteration: int, iterations: int) -> bool:

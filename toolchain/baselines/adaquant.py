@@ -27,7 +27,7 @@ from ..activations import Value, unpacked
 from ..losses import loss_of
 from ..quant_table import QuantTable, quantize
 from ..step_learning import LearnedSteps, anneal
-from ..unit import CurvePoint, Learned, Unit, UnitResult, is_curve_point, learned_unit
+from ..unit import NOT_FINITE, CurvePoint, Learned, Unit, UnitResult, are_finite, is_curve_point, learned_unit
 from .layer import Layer
 
 _SMALLEST_FACTOR = 0.25  # of a calibrated step: the int32 codes of biases have room for no more
@@ -100,6 +100,8 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
             value = loss.item()
             curve.append(CurvePoint(iteration, value, math.nan, math.nan, math.nan))
             unit.progress(iteration + 1, settings.iterations, value)
+    if not are_finite([moved, stretch, *moving]):
+        return Learned(table, tuple(curve), None, NOT_FINITE)
     changes = steps.grids()
     with torch.no_grad():
         wide = (scale * stretch).cpu().numpy().reshape(np.shape(grid.scale)).astype(np.float32)[()]
