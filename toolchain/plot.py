@@ -85,7 +85,7 @@ def svg(name: str, description: str, draw: Draw, width: int, height: int, margin
 
 def is_narrow(axes: Axes) -> bool:
     """Whether a picture is drawn for a phone."""
-    return axes.get_figure(root=True).get_figwidth() * 72 < WIDE / 2  # pyright: ignore[reportOptionalMemberAccess]
+    return axes.figure.get_figwidth() * 72 < WIDE / 2  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def name_ticks(axes: Axes, names: list[str]) -> None:
@@ -127,7 +127,7 @@ def _inlined(text: str, name: str, description: str) -> str:
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportAttributeAccessIssue]
     opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}" xmlns="http://www.w3.org/2000/svg"'
     opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     text = re.sub(r"<svg\b[^>]*>", opening, text, count=1, flags=re.DOTALL)
