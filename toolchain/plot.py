@@ -127,7 +127,7 @@ def _inlined(text: str, name: str, description: str) -> str:
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var({variable})")
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportAttributeAccessIssue]
+    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportOptionalMemberAccess]
     opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}" xmlns="http://www.w3.org/2000/svg"'
     opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
     text = re.sub(r"<svg\b[^>]*>", opening, text, count=1, flags=re.DOTALL)

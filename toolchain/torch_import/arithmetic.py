@@ -90,8 +90,10 @@ def clip(view: NodeView) -> Operator:
 
 def clamp(x: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:
     """`torch.clamp`; of floats by another name, whose gradient is the same and several times faster on CPUs (no selection by masks)."""
+    if not x.is_floating_point():
+        return torch.clamp(x, low, high)
     low, high = -math.inf if low is None else low, math.inf if high is None else high
-    return F.hardtanh(x, low, high) if x.is_floating_point() and low < high else torch.clamp(x, low, high)
+    return F.hardtanh(x, low, high) if low < high else torch.clamp(x, low, high)
 
 
 def _clip(x: torch.Tensor, low: torch.Tensor | None = None, high: torch.Tensor | None = None) -> torch.Tensor:
