@@ -57,7 +57,7 @@ def float_operators(graph: onnx.GraphProto) -> tuple[FloatOperator, ...]:
 def _is_codes(value: str, producer: Mapping[str, onnx.NodeProto]) -> bool:
     """Whether a value holds integers: what a quantizer or an integer kernel made, perhaps moved since."""
     node = producer.get(value)
-    if node is None:
+    if node is None or not node.input:
         return False
     if node.op_type in _FREE - {"QuantizeLinear", "DequantizeLinear", "Cast"} or node.op_type in (*_MOVES, "Clip"):
         return _is_codes(node.input[0], producer)
