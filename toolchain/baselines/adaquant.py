@@ -88,7 +88,7 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
             own = {layer.weight: torch.minimum(torch.maximum(rounded, low), high) * (scale * stretch)}  # pyright: ignore[reportArgumentType]
             if layer.bias is not None:
                 own[layer.bias] = constants[layer.bias] + shift * spread
-            part = loss_of(unit.piece(fed | constants | own, observe), targets, draw.shares) / len(batches)
+            part = loss_of(unit.piece(fed | constants | own, observe), targets, draw.shares) / draw.parts(selection, batches)
             part.backward()
             loss += part.detach()
         optimizer.step()
