@@ -131,7 +131,7 @@ class RunFolder:
         arrays["stage"] = np.frombuffer(text.encode(), np.uint8)
         arrays["sha256"] = np.frombuffer(bytes.fromhex(digest(arrays)), np.uint8)
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **arrays)
+        np.savez(buffer, **arrays)
         write_durably(self.path / f"{name}.npz", buffer.getvalue())
 
     def load(self, name: str) -> Stage | None:

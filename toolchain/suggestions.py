@@ -93,7 +93,8 @@ def _ranges(found: Diagnosis) -> list[str]:
     if not clipping:
         return []
     worst = max(clipping, key=lambda layer: layer.clipped)
+    other = "" if found.settings.get("activation-range") == "auto" else ", or --activation-range minmax"  # auto has tried it
     return [
-        f"more or more varied calibration samples, or --activation-range minmax: {100 * worst.clipped:.1f} % of the input of {worst.node} "
+        f"more or more varied calibration samples{other}: {100 * worst.clipped:.1f} % of the input of {worst.node} "
         f"lies beyond its grid on these samples ({len(clipping)} layers above {100 * _CLIPPED:g} %)"
     ]
