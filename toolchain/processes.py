@@ -57,7 +57,9 @@ class Processes:
         with _together():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         yield
-        dist.destroy_process_group()  # not behind an error: the others may never get here
+        with _together():  # not behind an error: the others may never get here
+            dist.barrier()  # nobody leaves while another one still talks to it
+        dist.destroy_process_group()
 
     def check(self, config: Config, samples: int) -> None:
         """Refuse what cannot be shared.

@@ -102,6 +102,7 @@ def quantize(
         if not processes.is_first:
             if not dry_run:
                 _assist(model, config, data, processes)
+                os._exit(0)  # it has nothing to tidy up, and threads of gloo that still run would abort the interpreter's own exit
             return
         with interruptible(run_path):
             _quantize(model, output, folder, run_path, config, data, mode, Shown(as_json, verbose, quiet), processes)
