@@ -131,7 +131,7 @@ class RunFolder:
         arrays["stage"] = np.frombuffer(text.encode(), np.uint8)
         arrays["sha256"] = np.frombuffer(bytes.fromhex(digest(arrays)), np.uint8)
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # pyright: ignore[reportArgumentType]
         write_durably(self.path / f"{name}.npz", buffer.getvalue())
 
     def load(self, name: str) -> Stage | None:
