@@ -193,7 +193,7 @@ def test_sums_of_codes_with_settled_steps_are_off_ties() -> None:
         rounded = [np.round(np.frexp(step)[0] * 4096) * 2.0 ** (np.frexp(step)[1] - 12) for step in triple]
         for kind, (a, b, out) in (("rounded", rounded), ("settled", [float(step_learning.settled(step)) for step in triple])):
             sums = (codes[:, None] * a + codes * b) / out
-            near[kind] += np.count_nonzero(np.abs(np.abs(sums - np.floor(sums)) - 0.5) < 1e-6)
+            near[kind] += int((np.abs(np.abs(sums - np.floor(sums)) - 0.5) < 1e-6).sum())
     assert near["rounded"] > 200  # of 2.6 million
     assert near["settled"] < 20
 

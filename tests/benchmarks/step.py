@@ -146,7 +146,7 @@ def floor(s: Setting) -> Callable[[], None]:
 
 def ours(s: Setting) -> Callable[[], None]:
     """This project's learning loop."""
-    return lambda: _ignore(reconstruction._learn(s.unit))
+    return lambda: _ignore(reconstruction._learn(s.unit, s.unit.table))
 
 
 def _ignore(*_: object) -> None:
