@@ -6,7 +6,8 @@ carry the answer (residual streams with 8 bits). LAPQ (Nahshan et al., 2020) mak
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ class RangeChoice:
 def choose_ranges(
     model: TorchModel,
     samples: Samples,
-    widths: Iterable[int],
+    widths: AbstractSet[int],
     grids: Callable[[int, RangeMethod], QuantTable],
     progress: Progress = lambda *_: None,
 ) -> tuple[RangeChoice, ...]:
@@ -76,9 +77,8 @@ def choose_ranges(
         progress: called for each candidate.
     """
     judge = Judge(model, samples)
-    widths = sorted(set(widths))
     found = []
-    for turn, bits in enumerate(widths):
+    for turn, bits in enumerate(sorted(widths)):
         errors: dict[RangeMethod, float | None] = {}
         for index, candidate in enumerate(CANDIDATES):
             progress("choosing ranges", turn * len(CANDIDATES) + index, len(widths) * len(CANDIDATES), float("nan"))
@@ -97,25 +97,22 @@ class Judge:
     def __init__(self, model: TorchModel, samples: Samples) -> None:
         self._model = model
         self._samples = samples.first(SAMPLES).whole(model.types.batch)
+        self._passes = model.stream(self._samples.inputs).passes
         self._heads = heads(model.pieces)
-        self._targets = self._run(None) if self._heads else {}
+        self._targets = self._run(None)
+        self._energies = {position: energy(targets, self._passes) for position, targets in self._targets.items()}
 
     def error(self, table: QuantTable) -> float | None:
         """The relative squared error, summed over the heads; None where there is nothing to compare."""
-        passes = self._model.stream(self._samples.inputs).passes
-        made = self._run(table) if self._heads else {}
-        errors = [
-            full_loss(made[position], targets, passes) / size
-            for position, targets in self._targets.items()
-            if (size := energy(targets, passes)) > 0
-        ]
+        made = self._run(table)
+        errors = [full_loss(made[at], self._targets[at], self._passes) / size for at, size in self._energies.items() if size > 0]
         total = sum(errors)
         return total if errors and math.isfinite(total) else None
 
     def _run(self, table: QuantTable | None) -> dict[int, dict[str, Value]]:
         stream = self._model.stream(self._samples.inputs, table)
         kept = {}
-        for position, piece in enumerate(self._model.pieces[: max(self._heads) + 1]):
+        for position, piece in enumerate(self._model.pieces[: max(self._heads, default=-1) + 1]):
             outputs = self._model.run(piece, stream, table)
             if position in self._heads:
                 kept[position] = {name: outputs[name] for name in piece.block.learned_outputs}
@@ -128,7 +125,7 @@ def heads(pieces: Sequence[Piece]) -> frozenset[int]:
     found, leading = set(), set()
     for position, piece in reversed(list(enumerate(pieces))):
         leads = not leading.isdisjoint(piece.block.outputs)
-        if piece.block.weighted and not piece.block.is_island and not leads:
+        if piece.block.weighted and not leads:
             found.add(position)
         if leads or position in found:
             leading.update(piece.block.inputs)

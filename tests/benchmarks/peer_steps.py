@@ -7,7 +7,6 @@ optimisation alone at two numbers of iterations; a step is their difference, so 
 layer, so that its step is one of each layer, with activations in float; ESP-PPQ learns weights and steps of the block, without dropping.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -63,13 +62,9 @@ def ours(design: step.Design, folder: Path, batch: int, iterations: int) -> floa
 
 def main() -> None:
     """Time, add to the results file, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = step.arguments(__doc__, iterations=40)
     parser.add_argument("--aimet", type=Path, required=True)
     parser.add_argument("--esp-ppq", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--blocks", default=",".join(step.DESIGNS))
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=40)
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

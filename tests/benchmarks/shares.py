@@ -5,7 +5,6 @@ usage: python -m tests.benchmarks.shares --out RESULTS.json [--blocks basic,...]
 Processor time leaves out the waiting for the others: it says how far the work is divided, not how fast a network is.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -46,12 +45,8 @@ def timed(rank: int, count: int, port: int, block: str, batch: int, iterations: 
 
 def main() -> None:
     """Time, write, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--blocks", default=",".join(step.DESIGNS))
+    parser = step.arguments(__doc__)
     parser.add_argument("--count", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

@@ -292,13 +292,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Time, add to the results file, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
+def arguments(description: str | None, iterations: int = 10, is_written: bool = True) -> argparse.ArgumentParser:
+    """What every benchmark of steps is asked: blocks, batch, iterations, and the results file, which may be one that must be named."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=is_written)
     parser.add_argument("--blocks", default=",".join(DESIGNS))
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--iterations", type=int, default=iterations)
+    return parser
+
+
+def main() -> None:
+    """Time, add to the results file, print a Markdown table."""
+    parser = arguments(__doc__, is_written=False)
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)

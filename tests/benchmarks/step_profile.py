@@ -5,7 +5,6 @@ usage: python -m tests.benchmarks.step_profile --out RESULTS.json [--blocks basi
 Milliseconds of an iteration on one thread, each with all that it calls; the profiler itself adds a few percent.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable
@@ -81,11 +80,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Profile, add to the results file, print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--blocks", default=",".join(step.DESIGNS))
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--iterations", type=int, default=10)
+    parser = step.arguments(__doc__)
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()

@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 # What the runs of an experiment differ in cannot be given for all of them.
 _VARIED_BY_COMPARE = ("algorithm", "units", "seed", "weight_bits", "activation_bits", "max_drop")
 _VARIED_BY_STUDY = ("units", "merge", "max_drop")
-
-
-@click.command("compare", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Several methods on one model and equal data, in one table.")
-@click.argument("model", type=PATH)
-@click.option(
+_RESULTS = click.option(
     "-o",
     "--output",
     type=PATH,
@@ -36,6 +32,11 @@ _VARIED_BY_STUDY = ("units", "merge", "max_drop")
     metavar="RESULTS.json",
     help="Results; a page of the same name is drawn beside (again with `report`).",
 )
+
+
+@click.command("compare", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Several methods on one model and equal data, in one table.")
+@click.argument("model", type=PATH)
+@_RESULTS
 @click.option("--methods", default="mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop", show_default=True, help="What to compare.")
 @click.option("--precisions", default="w4a4", show_default=True, help="At which bit widths.")
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, whose spread is shown.")
@@ -78,14 +79,7 @@ def compare(
 
 @click.command("study", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Test the claims behind MRECG on your own model.")
 @click.argument("model", type=PATH)
-@click.option(
-    "-o",
-    "--output",
-    type=PATH,
-    required=True,
-    metavar="RESULTS.json",
-    help="Results; a page of the same name is drawn beside (again with `report`).",
-)
+@_RESULTS
 @click.option("--claims", default="oscillation,final-error,accuracy,data,theorem", show_default=True, help="What to study.")
 @click.option("-p", "--precision", metavar="W4A4", help="Shorthand for --weight-bits and --activation-bits.")
 @click.option("--schemes", type=int, default=20, show_default=True, help="Random unit schemes behind `final-error` and `accuracy`.")
