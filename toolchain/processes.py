@@ -4,6 +4,10 @@ Everything else each process does alike, from the same seed: the calibration, th
 of dropped elements. So the result is that of one process with the same mini-batches, up to the order of sums.
 """
 
+import atexit
+import os
+import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,6 +64,28 @@ class Processes:
         with _together():  # not behind an error: the others may never get here
             dist.barrier()  # nobody leaves while another one still talks to it
         dist.destroy_process_group()
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """End the process behind this where it is one of several, with its exit code, and without the interpreter's own end.
+
+        Threads of gloo that still run there, after an error of another process too, abort it, which torchrun takes for a failure.
+        """
+        if self.count == 1:
+            yield
+            return
+        code: Any = 0
+        try:
+            yield
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        atexit._run_exitfuncs()  # files that vanish with the process
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else code is not None)
 
     def check(self, config: Config, samples: int) -> None:
         """Refuse what cannot be shared.

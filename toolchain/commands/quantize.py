@@ -83,7 +83,7 @@ def quantize(
     mrecg-onnx quantize model.onnx --calibration-data calib.npz --eval-data eval.npz
     """
     processes = Processes.of(os.environ)
-    with reported(verbose, "" if processes.is_first else f"process {processes.rank}: "):
+    with processes.ending(), reported(verbose, "" if processes.is_first else f"process {processes.rank}: "):
         values = load_config(config_file) if config_file is not None else {}
         config, data = split(values | (parse_precision(precision) if precision else {}) | given(options))
         output = output or model.with_name(f"{model.stem}.{config.label}.onnx")
@@ -102,7 +102,6 @@ def quantize(
         if not processes.is_first:
             if not dry_run:
                 _assist(model, config, data, processes)
-                os._exit(0)  # it has nothing to tidy up, and threads of gloo that still run would abort the interpreter's own exit
             return
         with interruptible(run_path):
             _quantize(model, output, folder, run_path, config, data, mode, Shown(as_json, verbose, quiet), processes)
