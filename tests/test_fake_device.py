@@ -1,0 +1,122 @@
+"""The learning loop on a CUDA device that torch only makes believe: nothing of the host is mixed in, and no step waits for the device.
+
+Fake tensors have shapes and devices but no elements: an operation on two devices is an error, and so is whatever asks for an element (an
+`.item()`), which would stall a GPU at every step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from tests import zoo
+from toolchain import minibatch, reconstruction
+from toolchain.activations import Value
+from toolchain.config import Config
+from toolchain.fake_quant import LearnedStep
+from toolchain.losses import learnable
+from toolchain.packing import Packed
+from toolchain.pipeline import quantize
+from toolchain.source import load_source
+from toolchain.unit import Learned, Unit
+
+CUDA = torch.device("cuda", 0)
+
+
+class SteppedError(Exception):
+    """The loop is done: what follows reads the result."""
+
+
+def moved(value: Value, mode: FakeTensorMode) -> Value:
+    if isinstance(value, Packed):
+        kept = moved(value.kept, mode)
+        assert isinstance(kept, torch.Tensor)
+        return Packed(kept, value.packing)
+    return mode.from_tensor(value).to(CUDA) if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def device_made_believe(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+    """Autograd's engine and torch's generators want a real device: gradients become zeros of each parameter, draws come from the host's."""
+
+    def backward(loss: torch.Tensor, **_: Any) -> None:
+        ahead, seen = [loss.grad_fn], set()
+        while ahead:
+            function = ahead.pop()
+            if function is None or function in seen:
+                continue
+            seen.add(function)
+            leaf = getattr(function, "variable", None)
+            if leaf is not None and leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+            ahead += [earlier for earlier, _ in function.next_functions]
+
+    def draw(unit: Unit) -> Any:
+        made = drawn(replace(unit, device=torch.device("cpu")))
+        made.device = CUDA
+        return made
+
+    def stop(_: Any) -> bool:
+        raise SteppedError
+
+    drawn = Unit.draw
+    with monkeypatch.context() as patch, FakeTensorMode() as mode:
+        patch.setattr(torch.Tensor, "backward", backward)
+        patch.setattr(Unit, "draw", draw)
+        patch.setattr(minibatch, "output_shares", lambda targets, _: dict.fromkeys(learnable(targets), 1.0))  # read once, before the loop
+        patch.setattr(reconstruction, "are_finite", stop)
+        patch.setattr(reconstruction, "is_curve_point", lambda *_: False)  # the points of the curve are read, some 40 in all
+        yield mode
+
+
+def taught(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> int:
+    """How many units went through the loop on the fake device."""
+    onnx.save(model, folder / "net.onnx")
+    learn, done = reconstruction._learn, []
+
+    def on_both(unit: Unit, before: Any) -> Learned:
+        with device_made_believe(monkeypatch) as mode:
+            inputs, floats, targets = (
+                {name: moved(value, mode) for name, value in values.items()} for values in (unit.inputs, unit.float_inputs, unit.targets)
+            )
+            with pytest.raises(SteppedError):
+                learn(replace(unit, inputs=inputs, float_inputs=floats, targets=targets, device=CUDA), before)
+        done.append(unit)
+        return learn(unit, before)
+
+    monkeypatch.setattr(reconstruction, "_learn", on_both)
+    quantize(load_source(folder / "net.onnx"), zoo.images(16), Config(device="cpu", iterations=10, batch_size=4, **settings))
+    return len(done)
+
+
+@pytest.mark.parametrize("settings", [{}, {"algorithm": "brecq"}, {"algorithm": "adaround"}, {"cache_dtype": "bfloat16"}], ids=str)
+def test_the_loop_stays_on_its_device_and_never_waits(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert taught(zoo.tiny_resnet(), tmp_path, monkeypatch, **settings) >= 3
+
+
+def test_so_do_other_operators_and_several_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert taught(zoo.every_rule(), tmp_path, monkeypatch) >= 3
+
+
+def test_gradients_stay_on_the_device() -> None:
+    with FakeTensorMode():
+        x, step = torch.empty(4, 8, device=CUDA), torch.ones((), device=CUDA)
+        saved = {"saved_tensors": (x, x, step), "range": (-8, 7), "dropped": True, "needs_input_grad": (True, True)}
+        context: Any = type("Context", (), saved)
+        towards_x, towards_step, *_ = LearnedStep.backward(context, torch.empty_like(x))
+    assert towards_x.device == towards_step.device == CUDA
+
+
+def test_the_fake_device_tells(tmp_path: Path) -> None:
+    """What these tests stand on."""
+    with FakeTensorMode():
+        with pytest.raises(DataDependentOutputException):
+            torch.ones((), device=CUDA).item()
+        with pytest.raises(RuntimeError, match="device"):
+            torch.add(torch.ones(2, device=CUDA), torch.ones(2))
