@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolchain.config import Config, DataConfig, dump_config, load_config, parse_precision, split
+from toolchain.config import Config
+from toolchain.config_file import dump_config, load_config, parse_precision, split
+from toolchain.data_config import DataConfig
 from toolchain.errors import UsageError
 
 

@@ -11,7 +11,9 @@ import pytest
 from exporters import export_qdq
 from tests import zoo
 from toolchain import runtime
-from toolchain.config import Config, DataConfig, dump_config
+from toolchain.config import Config
+from toolchain.config_file import dump_config
+from toolchain.data_config import DataConfig
 from toolchain.diagnosis import Diagnosis, LayerError, diagnose
 from toolchain.errors import UsageError
 from toolchain.pipeline import quantize

@@ -19,7 +19,8 @@ from tests import zoo
 from toolchain import encodings, runtime
 from toolchain.calibration import calibrate_weight
 from toolchain.cli import main
-from toolchain.config import Config, parse_precision
+from toolchain.config import Config
+from toolchain.config_file import parse_precision
 from toolchain.errors import ExportError, UsageError
 from toolchain.fake_quant import fake_quantize
 from toolchain.kernels import check_kernels, check_simulation

@@ -15,11 +15,12 @@ from tests import zoo
 from toolchain import losses, reconstruction, step_learning
 from toolchain.activations import Passes
 from toolchain.calibration import calibrate_weight
-from toolchain.config import Config, Settings
+from toolchain.config import Config
 from toolchain.fake_quant import soft_round
 from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable, TensorQuant, weight_spec
 from toolchain.quant_table import quantize as encode
+from toolchain.settings import Settings
 
 SETTINGS = Settings(iterations=100)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toolchain.config import DataConfig
+from toolchain.data_config import DataConfig
 from toolchain.errors import DataError, UsageError
 from toolchain.samples import Preprocessing, Samples, check_labels, load_samples
 from toolchain.source import InputSpec

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from . import report
-from .config import ALGORITHMS, PRESETS, UNITS, Config, DataConfig, parse_precision, resolved
+from .config import ALGORITHMS, PRESETS, UNITS, Config
+from .config_file import parse_precision, resolved
+from .data_config import DataConfig
 from .device import pick_device
 from .errors import UsageError
 from .intervals import paired_difference

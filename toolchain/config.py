@@ -1,17 +1,14 @@
-"""The settings of a run: frozen dataclasses, filled from a TOML file and from flags of the same names."""
+"""Everything that decides a result, and what was left open of it filled in."""
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass
 
-import tomli_w
-
-from .errors import UsageError, near_misses
+from .errors import UsageError
+from .option import check, option
 from .scheme import FLOAT_BITS, TARGETS, Precision, Scheme, refusal, scheme_for
+from .settings import Settings
 
 RANGES = ("minmax", "percentile", "mse")
 ALGORITHMS = ("minmax", "mse", "aciq", "lapq", "adaround", "adaquant", "bit-split", "brecq", "qdrop")
@@ -19,46 +16,9 @@ LAYERWISE = ("adaround", "adaquant", "bit-split")  # these learn one layer at a 
 UNITS = ("none", "loss", "loss-normalised", "modcap", "transitions", "manual")
 # Iterations per unit. `best` is what the papers use; the others trade steps for a proportionally larger step size.
 PRESETS: Mapping[str, int] = {"fast": 250, "default": 1000, "best": 20000}
-SYNTHETIC = "synthetic"  # calibration data that is made, not read
 DEVICES = ("auto", "cuda", "cpu")
 PAPER_ITERATIONS = 20000
 _MAX_SPEEDUP = 100.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Hyper-parameters of one unit's reconstruction; defaults are those of the MRECG and QDrop releases where nothing else is said.
-
-    Attributes:
-        iterations: steps of Adam.
-        batch_size: samples per step, drawn anew for each.
-        weight_lr: learning rate of the rounding logits V.
-        activation_lr: learning rate of the activation steps, as a share of each calibrated step, annealed to 0 by a cosine; 0 leaves them
-            as calibrated. The papers' absolute 4e-5 is this for a step of 0.4, which is that of a ReLU6 at 4 bits.
-        bias_lr: learning rate of the biases, as a share of the magnitude of each channel, annealed alike; 0 (the papers) leaves them.
-        keep_probability: chance that an activation element is quantized during learning (QDrop 0.5, BRECQ 1.0).
-        round_weight: weight of the rounding regulariser (the papers' lambda).
-        warmup: share of the iterations without regulariser.
-        beta_start, beta_end: the regulariser's exponent, annealed linearly after the warm-up.
-        early_stop: share of decided roundings at which a unit is done; None for never.
-    """
-
-    iterations: int = 20000
-    batch_size: int = 32
-    weight_lr: float = 1e-3
-    activation_lr: float = 1e-4
-    bias_lr: float = 1e-5
-    keep_probability: float = 0.5
-    round_weight: float = 0.01
-    warmup: float = 0.2
-    beta_start: float = 20.0
-    beta_end: float = 2.0
-    early_stop: float | None = None
-
-
-def option(default: Any, help_text: str, section: str, **bounds: Any) -> Any:
-    """A field with its help text, the section of `--help` it belongs to, and what it may be (choices, low, high)."""
-    return field(default=default, metadata={"help": help_text, "section": section, **bounds})
 
 
 @dataclass(frozen=True)
@@ -212,7 +172,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            _check(spec, getattr(self, spec.name))
+            check(spec, getattr(self, spec.name))
         _ = self.own_bits  # refuse bad spellings early
         if self.units == "manual" and not self.merge:
             raise UsageError("--units manual needs at least one --merge, such as --merge b02+b03 (see `inspect` for the block names)")
@@ -326,164 +286,3 @@ class Config:
             beta_end=self.beta_end,
             early_stop=self.early_stop,
         )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the samples come from, how images are prepared, and what is asked of the result."""
-
-    calibration_data: str | None = option(
-        None,
-        "Calibration samples: .npz (arrays by input name), .npy, an image folder, or module:function; `synthetic` makes some from the "
-        "statistics of BatchNorm layers (ZeroQ), where there are no real ones.",
-        "data",
-    )
-    synthetic_samples: int = option(64, "Samples to make with --calibration-data synthetic.", "data", low=1)
-    eval_data: str | None = option(None, "Evaluation samples, with labels where accuracy is wanted; same forms.", "data")
-    eval_samples: int | None = option(None, "Most evaluation samples to use; default all.", "data", low=1)
-    labels: str | None = option(None, "CSV of `file name,class number` for an evaluation image folder.", "data")
-    max_drop: float | None = option(
-        None, "Largest drop allowed, in points of top-1 (of agreement without labels); more gives exit code 6.", "data", low=0.0, high=100.0
-    )
-    image_preset: str = option("imagenet", "Image preprocessing.", "images", choices=("imagenet", "tf", "raw01", "raw255"))
-    image_size: str | None = option(None, "Height and width, as 224 or 224x320; default: the model's.", "images")
-    image_crop: str | None = option(None, "Share of the shorter side that the centre crop keeps; `none`: squeeze.", "images")
-    image_filter: str = option("bilinear", "Resampling.", "images", choices=("nearest", "bilinear", "bicubic", "lanczos"))
-    image_mean: str | None = option(None, "Mean by channel on a scale of 0 to 1, as 0.485,0.456,0.406.", "images")
-    image_std: str | None = option(None, "Standard deviation by channel on a scale of 0 to 1.", "images")
-    image_layout: str | None = option(
-        None, "Layout of the model's input; default: told from its shape.", "images", choices=("nchw", "nhwc")
-    )
-    image_channels: str = option("rgb", "Channel order.", "images", choices=("rgb", "bgr"))
-
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            _check(spec, getattr(self, spec.name))
-        for name in ("image_size", "image_crop", "image_mean", "image_std"):
-            getattr(self, name.removeprefix("image_"))  # refuse bad spellings early
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels."""
-        if self.image_size is None:
-            return None
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", self.image_size)
-        if match is None or int(match[1]) < 1 or int(match[2] or match[1]) < 1:
-            raise UsageError(f"--image-size {self.image_size}: expected a number of pixels, or HEIGHTxWIDTH")
-        return int(match[1]), int(match[2] or match[1])
-
-    @property
-    def crop(self) -> float | None:
-        """0 to 1; None where nothing was said or nothing is cropped (`image_crop` tells which)."""
-        if self.image_crop is None or self.image_crop == "none":
-            return None
-        share = _floats("image_crop", self.image_crop)
-        if len(share) != 1 or not 0 < share[0] <= 1:
-            raise UsageError(f"--image-crop {self.image_crop}: expected a share above 0 and up to 1, or `none`")
-        return share[0]
-
-    @property
-    def mean(self) -> tuple[float, ...] | None:
-        return None if self.image_mean is None else _floats("image_mean", self.image_mean)
-
-    @property
-    def std(self) -> tuple[float, ...] | None:
-        if self.image_std is None:
-            return None
-        values = _floats("image_std", self.image_std)
-        if min(values) <= 0:
-            raise UsageError(f"--image-std {self.image_std}: must be above 0")
-        return values
-
-
-def load_config(path: Path) -> dict[str, Any]:
-    """Read the keys of a TOML file, as keyword arguments of `Config` and `DataConfig`."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {path}: is not TOML: {error}") from error
-    hints = get_type_hints(Config) | get_type_hints(DataConfig)
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        name = key.replace("-", "_")
-        if name == "precision" and isinstance(value, str):
-            values |= parse_precision(value)
-            continue
-        if name not in hints:
-            raise UsageError(
-                f"--config {path}: unknown key {key!r}{near_misses(key.replace('_', '-'), [n.replace('_', '-') for n in hints])}"
-            )
-        values[name] = _typed(key, value, hints[name])
-    return values
-
-
-def split(values: Mapping[str, Any]) -> tuple[Config, DataConfig]:
-    """Build both halves of a configuration from keyword arguments."""
-    data = {f.name for f in dataclasses.fields(DataConfig)}
-    return (
-        Config(**{name: value for name, value in values.items() if name not in data}),
-        DataConfig(**{name: value for name, value in values.items() if name in data}),
-    )
-
-
-def resolved(config: Config, data: DataConfig) -> dict[str, Any]:
-    """All settings by their flag names, open ones left out."""
-    pairs = {f.name.replace("_", "-"): getattr(half, f.name) for half in (config, data) for f in dataclasses.fields(half)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs.items() if value is not None}
-
-
-def dump_config(config: Config, data: DataConfig) -> str:
-    """The configuration as TOML text that `load_config` reads back."""
-    return tomli_w.dumps(resolved(config, data))
-
-
-def parse_precision(text: str) -> dict[str, Any]:
-    """`w4a8` -> weight and activation bits; `fp8` -> E4M3 for both."""
-    if text.strip().lower() == "fp8":
-        return {"weight_bits": 8, "activation_bits": 8, "number_format": "fp8"}
-    match = re.fullmatch(r"[wW](\d+)[aA](\d+)", text.strip())
-    if match is None:
-        raise UsageError(f"--precision {text!r}: expected w<bits>a<bits>, such as w4a4, w4a8, w2a4, w8a8 or w4a16, or fp8")
-    return {"weight_bits": int(match[1]), "activation_bits": int(match[2])}
-
-
-def flag(name: str) -> str:
-    """The command line's spelling of a field."""
-    return "--" + name.replace("_", "-")
-
-
-def _floats(name: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"{flag(name)} {text!r}: expected numbers separated by commas") from None
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """A TOML value as the field's type; integers may stand for floats and for the string choices `8`."""
-    if hint == tuple[str, ...]:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise UsageError(f"configuration key {key!r}: expected a list of strings, got {value!r}")
-    allowed = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
-    if type(value) in allowed:
-        return value
-    if type(value) is int and float in allowed:
-        return float(value)
-    if type(value) is int and str in allowed:
-        return str(value)
-    raise UsageError(f"configuration key {key!r}: expected {' or '.join(kind.__name__ for kind in allowed)}, got {value!r}")
-
-
-def _check(spec: dataclasses.Field[Any], value: Any) -> None:
-    if value is None:
-        return
-    choices, low, high = (spec.metadata.get(key) for key in ("choices", "low", "high"))
-    if choices is not None and value not in choices:
-        known = [str(choice) for choice in choices]
-        raise UsageError(f"{flag(spec.name)} {value}: must be one of {', '.join(known)}{near_misses(str(value), known)}")
-    if (low is not None and value < low) or (high is not None and value > high) or value != value:
-        limits = f"from {low} to {high}" if high is not None else f"at least {low}"
-        raise UsageError(f"{flag(spec.name)} {value}: must be {limits}")

@@ -9,10 +9,10 @@ import torch
 
 from .activations import Value, constants_of
 from .bias_learning import LearnedBiases
-from .config import Settings
 from .fake_quant import GAMMA, ZETA, Coins, rounding_logits, soft_round
 from .losses import loss_of
 from .quant_table import QuantTable, TensorQuant
+from .settings import Settings
 from .step_learning import LearnedSteps, anneal
 from .unit import NOT_FINITE, CurvePoint, Learned, Unit, UnitResult, are_finite, is_curve_point, learned_unit
 

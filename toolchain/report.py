@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from . import capacity
-from .config import PRESETS, Config, DataConfig, resolved
+from .config import PRESETS, Config
+from .config_file import resolved
+from .data_config import DataConfig
 from .errors import UsageError
 from .fit import GridFit, worst
 from .islands import island_rows

@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from .config import Config, flag
+from .config import Config
 from .encodings import copy_of, spec_of
 from .errors import StorageError, UsageError
 from .memory import SUFFIX
+from .option import flag
 from .quant_table import TensorQuant
 from .samples import Samples
 from .source import SourceModel

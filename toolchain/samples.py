@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from .config import DataConfig
+from .data_config import DataConfig
 from .errors import DataError, near_misses
 from .source import InputSpec
 

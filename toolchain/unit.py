@@ -10,12 +10,12 @@ import numpy as np
 import torch
 
 from .activations import Passes, Piece, Value, constants_of, run_piece
-from .config import Settings
 from .losses import full_loss
 from .minibatch import Draw
 from .placement import Bias
 from .processes import ALONE, Processes
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
+from .settings import Settings
 from .torch_import import TorchBlock
 
 _CURVE_POINTS = 40

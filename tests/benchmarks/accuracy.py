@@ -19,7 +19,8 @@ import torch
 from exporters import export_qdq, write_model
 from toolchain import comparison, report
 from toolchain.comparison import measured
-from toolchain.config import Config, parse_precision
+from toolchain.config import Config
+from toolchain.config_file import parse_precision
 from toolchain.cpu import keep_freed_memory
 from toolchain.device import pick_device
 from toolchain.quant_table import QuantTable

@@ -22,7 +22,8 @@ import torch
 
 from exporters import export_qdq, write_model
 from toolchain import report
-from toolchain.config import Config, parse_precision
+from toolchain.config import Config
+from toolchain.config_file import parse_precision
 from toolchain.kernels import Difference, KernelCheck, kernel_differences, simulation_differences
 from toolchain.pipeline import quantize
 from toolchain.runtime import kernel_counts

@@ -23,7 +23,8 @@ import onnxruntime as ort
 
 from exporters import export_qdq, write_model
 from toolchain import report, runtime
-from toolchain.config import Config, parse_precision
+from toolchain.config import Config
+from toolchain.config_file import parse_precision
 from toolchain.float_operators import INTEGER_PREFIXES, float_operators
 from toolchain.pipeline import quantize
 from toolchain.samples import Preprocessing, Samples, load_samples

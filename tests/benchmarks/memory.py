@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import pipeline, report, survey
-from toolchain.config import Config, DataConfig
+from toolchain.config import Config
 from toolchain.cpu import keep_freed_memory
+from toolchain.data_config import DataConfig
 from toolchain.progress import Progress
 from toolchain.run_folder import RunFolder
 from toolchain.samples import Preprocessing, load_samples

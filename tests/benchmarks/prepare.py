@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolchain.config import DataConfig
+from toolchain.data_config import DataConfig
 from toolchain.samples import Preprocessing, load_samples
 from toolchain.source import InputSpec
 

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from ..config import Config, DataConfig, flag, parse_precision, split
+from ..config import Config
+from ..config_file import parse_precision, split
+from ..data_config import DataConfig
 from ..errors import UsageError, near_misses
+from ..option import flag
 from .endings import reported
 from .files import calibration_at, samples_at
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.markup import escape
 
-from ..config import SYNTHETIC, Config, DataConfig
+from ..config import Config
+from ..data_config import SYNTHETIC, DataConfig
 from ..errors import ExportError, MrecgError, UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Any, get_args, get_type_hints
 
 import click
 
-from ..config import flag
+from ..option import flag
 
 EXIT_CODES = """\b
 Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or parity,

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from ..config import Config, DataConfig, dump_config, load_config, parse_precision, split
+from ..config import Config
+from ..config_file import dump_config, load_config, parse_precision, split
+from ..data_config import DataConfig
 from ..errors import UsageError
 from ..processes import Processes
 from .endings import check_drop, check_parity, interruptible, reported

@@ -6,7 +6,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ..config import DataConfig
+from ..data_config import DataConfig
 from ..errors import UsageError
 from .endings import check_drop, reported
 from .files import samples_at
