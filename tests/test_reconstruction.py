@@ -92,6 +92,44 @@ def test_gradient_of_the_rounding_logits_is_that_of_autograd(beta: float | None)
     torch.testing.assert_close(found, logits.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_of_learned_weight_steps_are_those_of_autograd(symmetric: bool) -> None:
+    """Of the factors, and of the logits under them; the depthwise and the dense weights have one for each output channel."""
+    arrays = weights()
+    _, table = rounding(arrays, symmetric)
+    steps = step_learning.LearnedWeightSteps({name: array.shape for name, array in arrays.items()}, table, torch.device("cpu"))
+    state = reconstruction._Rounding(arrays, table, torch.device("cpu"), steps)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        state.logits.copy_(torch.randn(state.logits.shape, generator=generator) * 2)
+        for factor in steps.parameters:
+            factor.uniform_(0.5, 1.5, generator=generator)
+    assert [tuple(factor.shape) for factor in steps.parameters] == [(4, 1, 1, 1), (6, 1, 1, 1), (5, 1)]
+    targets = {name: torch.randn(array.shape, generator=generator) for name, array in arrays.items()}
+    torch.stack([((weight * targets[name]) ** 2).sum() for name, weight in state.soft_weights().items()]).sum().backward()
+    state.set_gradient(0.3, None)
+    logits = state.logits.detach().clone().requires_grad_()
+    factors = {name: factor.detach().clone().requires_grad_() for name, factor in steps.factors.items()}
+    flat = state._views(state._fixed + soft_round_differentiable(logits) * state._span)
+    torch.stack([((weight * factors[name] * targets[name]) ** 2).sum() for name, weight in flat.items()]).sum().backward()
+    for found, expected in ((state.logits, logits), *((steps.factors[name], factors[name]) for name in arrays)):
+        assert found.grad is not None
+        assert expected.grad is not None
+        torch.testing.assert_close(found.grad, expected.grad, atol=1e-5, rtol=1e-4)  # float32 sums in another order
+
+
+def test_a_step_that_nothing_moved_stays() -> None:
+    """As that of a channel of zeros, which may be too small a number to be rounded."""
+    arrays = weights()
+    _, table = rounding(arrays)
+    steps = step_learning.LearnedWeightSteps({"conv": (4, 3, 3, 3)}, table, torch.device("cpu"))
+    with torch.no_grad():
+        steps.factors["conv"][1] = 1.25
+    found = np.asarray(steps.applied({"conv": table["conv"]})["conv"].scale)
+    assert np.array_equal(np.delete(found, 1), np.delete(np.asarray(table["conv"].scale), 1))
+    assert found[1] == step_learning.settled(float(np.asarray(table["conv"].scale)[1] * np.float32(1.25)))
+
+
 def soft_round_differentiable(logits: torch.Tensor) -> torch.Tensor:
     """`soft_round` works in place, which autograd cannot see through."""
     h = (torch.sigmoid(logits) * 1.2 - 0.1).clamp(0, 1)
@@ -144,7 +182,7 @@ def test_same_seed_same_codes(tmp_path: Path) -> None:
 
 def test_a_reconstruction_that_fails_keeps_the_calibrated_unit(tmp_path: Path) -> None:
     """Steps of a hundred times the weights' grid wreck every unit; none of it may reach the table."""
-    wrecked = run(tmp_path, weight_lr=0.0, activation_lr=50.0, bias_lr=0.0)
+    wrecked = run(tmp_path, weight_lr=0.0, activation_lr=50.0, weight_step_lr=0.0, bias_lr=0.0)
     plain = run(tmp_path, algorithm="mse", bias_correction=False)
     assert {result.kept for result in wrecked.results} == {"initial"}
     for name, grid in plain.table.tensors.items():
@@ -161,12 +199,24 @@ def test_scales_of_biases_follow_the_learned_steps(tmp_path: Path) -> None:
 
 def test_biases_are_learned(tmp_path: Path) -> None:
     """Where nothing else is learned they lower the loss, and their codes count steps of s_x * s_w."""
-    frozen = {"weight_lr": 0.0, "activation_lr": 0.0, "algorithm": "brecq", "units": "none"}
+    frozen = {"weight_lr": 0.0, "activation_lr": 0.0, "weight_step_lr": 0.0, "algorithm": "brecq", "units": "none"}
     found, still = run(tmp_path, bias_lr=0.01, **frozen), run(tmp_path, bias_lr=0.0, **frozen)
     assert sum(result.loss_after for result in found.results) < 0.97 * sum(result.loss_after for result in still.results)
     for name, bias in found.placement.biases.items():
         assert np.array_equal(found.table[name].scale, found.table[bias.input].scale * found.table[bias.weight].scale)
     assert any(not same_codes(found.table[name], still.table[name]) for name in found.placement.biases)
+
+
+def test_weight_steps_are_learned(tmp_path: Path) -> None:
+    """Where nothing else is learned they lower the loss; the papers' adaround leaves them."""
+    frozen = {"weight_lr": 0.0, "activation_lr": 0.0, "bias_lr": 0.0, "algorithm": "brecq", "units": "none", "weight_bits": 2}
+    found, still = run(tmp_path, weight_step_lr=0.003, **frozen), run(tmp_path, weight_step_lr=0.0, **frozen)
+    assert sum(result.loss_after for result in found.results) < 0.97 * sum(result.loss_after for result in still.results)
+    for name, bias in found.placement.biases.items():
+        assert np.array_equal(found.table[name].scale, found.table[bias.input].scale * found.table[bias.weight].scale)
+        assert all(same_codes(table[bias.weight], still.table[bias.weight]) for table in (found.table, still.table))
+    plain, mse = (run(tmp_path, algorithm=algorithm, bias_correction=False, iterations=5) for algorithm in ("adaround", "mse"))
+    assert all(np.array_equal(plain.table[b.weight].scale, mse.table[b.weight].scale) for b in plain.placement.biases.values())
 
 
 def test_adaround_leaves_biases_to_the_weights(tmp_path: Path) -> None:

@@ -138,6 +138,13 @@ class Config:
     activation_lr: float | None = option(
         None, "Learning rate of the activation steps, as a share of each; default 1e-4 at 20000 iterations.", "reconstruction", low=0.0
     )
+    weight_step_lr: float | None = option(
+        None,
+        "Learning rate of the steps of weights, as a share of each channel's; default 1e-4 at 20000 iterations with brecq and qdrop; "
+        "0, as in the papers: they stay.",
+        "reconstruction",
+        low=0.0,
+    )
     bias_lr: float | None = option(
         None,
         "Learning rate of the biases, as a share of each channel's magnitude; default 1e-5 at 20000 iterations with brecq and qdrop; "
@@ -269,7 +276,8 @@ class Config:
         rate per step, so that the distance it can cover stays. Down to 250 iterations this beat smaller rates on held-out samples.
         """
         speedup = min(max(PAPER_ITERATIONS / self.unit_iterations, 1.0), _MAX_SPEEDUP)
-        learns_steps = self.algorithm in ("adaquant", "brecq", "qdrop")
+        by_block = self.algorithm in ("brecq", "qdrop")
+        learns_steps = by_block or self.algorithm == "adaquant"
         # AdaQuant moves weights in steps of their grids, which are no logits; its rates had the least sum of layer losses on ResNet-20.
         weight_rate, step_rate = (4e-3, 2.5e-5) if self.algorithm == "adaquant" else (1e-3, 1e-4)
         activation_lr = self.activation_lr if self.activation_lr is not None else step_rate * speedup
@@ -278,7 +286,8 @@ class Config:
             batch_size=self.batch_size,
             weight_lr=self.weight_lr if self.weight_lr is not None else weight_rate * speedup,
             activation_lr=activation_lr if learns_steps else 0.0,
-            bias_lr=self.bias_lr if self.bias_lr is not None else (1e-5 * speedup if self.algorithm in ("brecq", "qdrop") else 0.0),
+            weight_step_lr=self.weight_step_lr if self.weight_step_lr is not None else (1e-4 * speedup if by_block else 0.0),
+            bias_lr=self.bias_lr if self.bias_lr is not None else (1e-5 * speedup if by_block else 0.0),
             keep_probability=self.keep_probability if self.keep_probability is not None else (0.5 if self.algorithm == "qdrop" else 1.0),
             round_weight=self.round_weight if self.round_weight is not None else (0.1 if has_depthwise else 0.01),
             warmup=self.warmup,

@@ -1,4 +1,4 @@
-"""The optimisation of one unit: rounding (AdaRound), step sizes (LSQ) and biases against the float unit's output (BRECQ, QDrop)."""
+"""The optimisation of one unit against its float output: rounding (AdaRound), steps (LSQ, GENIE-M) and biases (BRECQ, QDrop)."""
 
 import math
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from .fake_quant import GAMMA, ZETA, Coins, rounding_logits, soft_round
 from .losses import loss_of
 from .quant_table import QuantTable, TensorQuant
 from .settings import Settings
-from .step_learning import LearnedSteps, anneal
+from .step_learning import LearnedSteps, LearnedWeightSteps, anneal
 from .unit import NOT_FINITE, CurvePoint, Learned, Unit, UnitResult, are_finite, is_curve_point, learned_unit
 
 _SMALLEST_FACTOR = 0.01  # of the calibrated step: Adam must not carry a step through zero
@@ -29,12 +29,18 @@ def reconstruct_unit(unit: Unit) -> tuple[UnitResult, dict[str, Value]]:
 def _learn(unit: Unit, before: QuantTable) -> Learned:
     piece, table, settings, device = unit.piece, unit.table, unit.settings, unit.device
     draw, given = unit.draw(), unit.given
-    rounding = _Rounding({name: given[name] for name in unit.weights}, table, device)
+    weights = {name: given[name] for name in unit.weights}
+    scales = LearnedWeightSteps({name: w.shape for name, w in weights.items()} if settings.weight_step_lr > 0 else {}, table, device)
+    rounding = _Rounding(weights, table, device, scales if scales.factors else None)
     constants = constants_of(piece.weights, given, None, device)
     biases = LearnedBiases(unit.biases if settings.bias_lr > 0 else {}, unit.floats, table, device)
     steps = LearnedSteps((value for node in piece.block.nodes for value in node.outputs), table, device, settings.activation_lr > 0)
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
-    moving = ((steps.parameters, settings.activation_lr), (biases.parameters, settings.bias_lr))
+    moving = (
+        (steps.parameters, settings.activation_lr),
+        (scales.parameters, settings.weight_step_lr),
+        (biases.parameters, settings.bias_lr),
+    )
     groups = [{"params": parameters, "lr": rate, "first": rate} for parameters, rate in moving if parameters]
     annealed = torch.optim.Adam(groups, fused=True) if groups else None
     coins = Coins(settings.keep_probability, draw.generator, draw.processes) if settings.keep_probability < 1.0 else None
@@ -61,15 +67,16 @@ def _learn(unit: Unit, before: QuantTable) -> Learned:
             annealed.step()
             annealed.zero_grad(set_to_none=True)
             steps.keep_above(_SMALLEST_FACTOR)
+            scales.keep_above(_SMALLEST_FACTOR)
         if state is not None:
             value, regulariser, decided = state.tolist()  # the only wait for the device
             curve.append(CurvePoint(iteration, value, regulariser, math.nan if beta is None else beta, decided))
             unit.progress(iteration + 1, settings.iterations, value)
             if beta is not None and settings.early_stop is not None and decided >= settings.early_stop:
                 break  # a weight at one of its ends has no gradient: what is decided stays
-    if not are_finite([rounding.logits, *steps.parameters, *biases.parameters]):
+    if not are_finite([rounding.logits, *steps.parameters, *scales.parameters, *biases.parameters]):
         return Learned(before, tuple(curve), None, NOT_FINITE)
-    learned = table.updated(rounding.hard_codes(table) | steps.grids())
+    learned = table.updated(scales.applied(rounding.hard_codes(table)) | steps.grids())
     return Learned(unit.finish(learned, biases.arrays()), tuple(curve), rounding.undecided())
 
 
@@ -86,10 +93,13 @@ class _Rounding:
     """The rounding of all weights of a unit, held flat so that a step costs a handful of kernels however many layers there are.
 
     A weight is w~ = (base + h(V) * free) * scale, where base is its floor code within the grid and free is 0 for weights beyond the grid's
-    ends. Gradients of V are written by hand: autograd would keep six temporaries per weight for the same product.
+    ends; where steps are learned too, times the factor of its channel. Gradients of V are written by hand: autograd would keep six
+    temporaries per weight for the same product.
     """
 
-    def __init__(self, weights: Mapping[str, np.ndarray], table: QuantTable, device: torch.device) -> None:
+    def __init__(
+        self, weights: Mapping[str, np.ndarray], table: QuantTable, device: torch.device, steps: LearnedWeightSteps | None = None
+    ) -> None:
         self._shapes = {name: tuple(array.shape) for name, array in weights.items()}
         size = sum(array.size for array in weights.values())
         fraction = torch.empty(size)
@@ -110,6 +120,10 @@ class _Rounding:
         self._weights = torch.empty(size, device=device)
         self.gradient = torch.zeros(size, device=device)
         self._leaves = self._views(self._weights)
+        self._steps = steps
+        if steps is not None:
+            self._unscaled = torch.empty(size, device=device)
+            self._scaled_views, self._unscaled_views = self._views(self._weights), self._views(self._unscaled)
         for name, gradient in self._views(self.gradient).items():
             self._leaves[name].requires_grad_()
             self._leaves[name].grad = gradient  # backward accumulates into the flat buffer
@@ -121,7 +135,9 @@ class _Rounding:
         with torch.no_grad():
             torch.sigmoid(self.logits, out=self._sigmoid)
             torch.mul(self._sigmoid, ZETA - GAMMA, out=self._soft).add_(GAMMA).clamp_(0.0, 1.0)
-            torch.addcmul(self._fixed, self._soft, self._span, out=self._weights)
+            torch.addcmul(self._fixed, self._soft, self._span, out=self._weights if self._steps is None else self._unscaled)
+            if self._steps is not None:
+                self._steps.scale(self._unscaled_views, self._scaled_views)
         self.gradient.zero_()
         return self._leaves
 
@@ -136,7 +152,9 @@ class _Rounding:
 
     @torch.no_grad()
     def set_gradient(self, round_weight: float, beta: float | None) -> None:
-        """dL/dV from dL/dw~, plus the gradient of lambda * sum(1 - |2h - 1|^beta) (AdaRound, Eq. 24)."""
+        """dL/dV from dL/dw~, plus the gradient of lambda * sum(1 - |2h - 1|^beta) (AdaRound, Eq. 24); and those of the steps."""
+        if self._steps is not None:
+            self._steps.set_gradients(self._unscaled_views, self._views(self.gradient))
         gradient = self.gradient.mul_(self._span)
         if beta is not None:
             centred = self._soft.mul(2.0).sub_(1.0)

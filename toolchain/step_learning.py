@@ -1,7 +1,7 @@
-"""The learned step sizes of a unit's activations (LSQ), beside the rounding of the weights."""
+"""The learned step sizes of a unit: of its activations (LSQ), and of its weights beside their rounding (GENIE-M)."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -56,6 +56,63 @@ class LearnedSteps:
             for name, factor in self._factors.items()
             if factor.requires_grad
         }
+
+
+class LearnedWeightSteps:
+    """The steps of weights, each channel's a learned factor of the calibrated one (GENIE-M, Jeon et al., CVPR 2023, section 3.2).
+
+    Floors stay the codes that they are: only the step that codes are multiplied with moves. Weights in blocks keep their steps.
+    """
+
+    def __init__(self, weights: Mapping[str, tuple[int, ...]], table: QuantTable, device: torch.device) -> None:
+        """`weights`: shapes of the weights by name."""
+        self.factors = {
+            name: torch.ones(_along(table[name], shape), device=device).requires_grad_()
+            for name, shape in weights.items()
+            if table[name].spec.block is None
+        }
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What an optimiser moves."""
+        return list(self.factors.values())
+
+    @torch.no_grad()
+    def scale(self, weights: Mapping[str, torch.Tensor], into: Mapping[str, torch.Tensor]) -> None:
+        """Write weights on the calibrated steps as they are on the learned ones."""
+        for name, weight in weights.items():
+            if name in self.factors:
+                torch.mul(weight, self.factors[name], out=into[name])
+            else:
+                into[name].copy_(weight)
+
+    @torch.no_grad()
+    def set_gradients(self, weights: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]) -> None:
+        """The factors' gradients, from those of the scaled weights; these become those of the weights on the calibrated steps."""
+        for name, factor in self.factors.items():
+            gradient = gradients[name]
+            factor.grad = (gradient * weights[name]).sum_to_size(factor.shape)
+            gradient.mul_(factor)
+
+    @torch.no_grad()
+    def keep_above(self, least: float) -> None:
+        """Hold the factors at or above a bound."""
+        for factor in self.factors.values():
+            factor.clamp_(min=least)
+
+    def applied(self, codes: Mapping[str, TensorQuant]) -> dict[str, TensorQuant]:
+        """Grids of learned codes with the steps that were learned. A channel that nothing moved, such as one of zeros, keeps its step."""
+        return dict(codes) | {name: replace(codes[name], scale=self._learned(name, codes[name])) for name in self.factors}
+
+    def _learned(self, name: str, grid: TensorQuant) -> np.ndarray | np.float32:
+        steps, factors = np.atleast_1d(grid.scale), self.factors[name].detach().cpu().numpy().reshape(-1)
+        learned = [step if factor == 1.0 else settled(float(step * factor)) for step, factor in zip(steps, factors, strict=True)]
+        return np.array(learned, np.float32).reshape(np.shape(grid.scale)) if np.ndim(grid.scale) else np.float32(learned[0])
+
+
+def _along(grid: TensorQuant, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a factor for each channel, to broadcast against a weight."""
+    return tuple(size if axis == grid.spec.axis and np.ndim(grid.scale) else 1 for axis, size in enumerate(shape))
 
 
 def settled(step: float) -> np.float32:
