@@ -26,8 +26,8 @@ _FLOAT = 4  # bytes
 _LIBRARIES = 150 << 20  # what torch, oneDNN and ONNX Runtime take once they compute (measured: 120 to 180 MB)
 # Floats of the largest value that are alive in a forward pass: what is read, made, quantized, and the binning of calibration.
 _PASS_VALUES = 4
-# Floats for each weight that is learned: the constant, its layouts, nine buffers of the rounding and the optimiser.
-_WEIGHT_FLOATS = 12
+# Floats for each weight that is learned: the constant, its layouts, ten buffers of the rounding and the optimiser.
+_WEIGHT_FLOATS = 13
 
 
 @dataclass(frozen=True)
