@@ -137,8 +137,18 @@ def test_inspect_formats_and_output(format_: str, start: str, place: Path) -> No
     written = place / f"net.{format_}"
     assert invoke("inspect", place / "net.onnx", "--format", format_, "-o", written).output == ""
     assert written.read_text(encoding="utf-8").split() == shown.output.split()
+    by_ending = place / f"again.{format_}"
+    assert invoke("inspect", place / "net.onnx", "-o", by_ending).exit_code == 0
+    assert by_ending.read_bytes() == written.read_bytes()
     assert invoke("inspect", place / "net.onnx", "--format", "pdf").exit_code == 2
     assert invoke("inspect", place / "net.onnx", "--format", format_, "-o", place / "none" / "net").exit_code == 2
+
+
+def test_inspect_draws_pixels(place: Path) -> None:
+    assert invoke("inspect", place / "net.onnx", "-o", place / "net.png").output == ""
+    found = (place / "net.png").read_bytes()
+    assert found.startswith(b"\x89PNG")
+    assert invoke("inspect", place / "net.onnx", "--format", "png").stdout_bytes == found
 
 
 def test_diagnose(place: Path) -> None:

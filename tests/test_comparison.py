@@ -83,6 +83,29 @@ def test_compare_refuses(options: list[str], message: str, place: Path) -> None:
     assert not (place / "out.json").exists()
 
 
+@pytest.mark.parametrize("command", ["compare", "study"])
+def test_several_processes_are_refused(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    result = invoke(command, place)
+    assert result.exit_code == 2
+    assert "torchrun: every process would make all the runs; start one alone" in result.output
+    assert not (place / "out.json").exists()
+
+
+def test_a_page_needs_an_experiment_that_ended(place: Path) -> None:
+    path = place / "rows.json"
+    path.write_text('{"model": "net.onnx", "rows": [{"settings": {}}]}')
+    result = CliRunner().invoke(main, ["report", str(path)])
+    assert result.exit_code == 2
+    assert "is of runs that did not end" in result.output
+    path.write_text('{"model": "net.onnx", "rows": [{"settings": {}}], "study": {}}')
+    result = CliRunner().invoke(main, ["report", str(path)])
+    assert result.exit_code == 2
+    assert "has no 'environment': it was written by another version" in result.output
+    assert not (place / "rows.html").exists()
+
+
 def test_a_file_of_something_else_is_not_overwritten(place: Path) -> None:
     (place / "out.json").write_text("{}")
     result = invoke("compare", place, "--methods", "mse", "--seeds", "0")

@@ -1,5 +1,6 @@
 """The page of a run: a pure function of report.json, self-contained, well-formed, for both colour schemes and any name."""
 
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -10,11 +11,15 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from tests import zoo
+from toolchain import plot
 from toolchain.block_picture import block_picture
 from toolchain.cli import main
+from toolchain.drawing import Box, Drawing
 from toolchain.page import report_page
+from toolchain.wording import short_names
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
@@ -179,10 +184,30 @@ def test_a_report_of_another_model_is_not_overlaid(place: Path, facts: dict[str,
 
 
 def test_block_picture_frames_units_and_draws_long_edges(facts: dict[str, Any]) -> None:
-    picture = block_picture(facts)
+    picture = block_picture(facts).svg()
     check(picture)
     assert picture.count("<title>one unit:") == sum("+" in unit for unit in facts["plan"]["units"])
     blocks = [dict(block) for block in facts["blocks"]]
-    assert block_picture(facts | {"blocks": blocks}).count("<path") == len(blocks) - 1
+    assert block_picture(facts | {"blocks": blocks}).svg().count("<path") == len(blocks) - 1
     blocks[3]["inputs"] = [*blocks[3]["inputs"], *blocks[0]["outputs"]]
-    assert re.search(r"<path d=\"M\d+ \d+C", block_picture(facts | {"blocks": blocks}))
+    skipping = block_picture(facts | {"blocks": blocks})
+    assert re.search(r"<path d=\"M\d+ \d+C", skipping.svg())
+    pixels = [np.asarray(Image.open(io.BytesIO(plot.png(drawing))).convert("RGB")) for drawing in (block_picture(facts), skipping)]
+    left, right = (int((image[:, : 3 * 26] != image[0, 0]).any(axis=2).sum()) for image in pixels)  # where only arcs are
+    assert pixels[0].shape[:2] == (3 * block_picture(facts).height, 3 * 340)
+    assert left == 0 < right
+
+
+def test_a_picture_of_many_blocks_stays_a_file_that_opens(facts: dict[str, Any]) -> None:
+    high = Drawing(340, 40_000, "many rows", [Box(10, 39_000, 300, 900, 6, "blue")])
+    image = np.asarray(Image.open(io.BytesIO(plot.png(high))).convert("RGB"))
+    assert image.shape[0] <= 30_000
+    assert (image[-200:, image.shape[1] // 2] != image[0, 0]).any()
+
+
+def test_names_of_nodes_stay_apart_in_little_room() -> None:
+    names = [f"/features/features.{i}/conv/conv.{j}/Conv" for i in range(3) for j in (0, 3)] + ["/classifier/classifier.1/Gemm"]
+    assert short_names(names, 60) == names
+    assert short_names(names, 18)[:2] == ["features.0/conv.0", "features.0/conv.3"]
+    assert short_names(["a/long/Conv", "a/long/Gemm"], 8) == ["…ng/Conv", "…ng/Gemm"]  # the operator is all that differs
+    assert all(len(name) <= 12 for name in short_names(names, 12))

@@ -8,6 +8,8 @@ from toolchain.kernels import KernelCheck
 from toolchain.validation import Latency, Parity, ValidationReport
 from toolchain.verdict import verdict
 
+UNLABELLED: dict[str, Any] = {"top1_float": None, "top1_quantized": None, "lost": None, "won": None}
+
 
 def validated(**changes: Any) -> ValidationReport:
     facts: dict[str, Any] = {
@@ -37,14 +39,12 @@ def validated(**changes: Any) -> ValidationReport:
         ),
         ({"simulated_arithmetic": KernelCheck(3, "conv", 3.0, 0.5)}, None, True, "no", "conv: the written file is 3 steps off"),
         ({"simulation": Parity(90.0, 5.0, 0.3)}, None, True, "no", "differs from the simulation"),
-        (
-            {"top1_float": None, "top1_quantized": None, "lost": None, "won": None, "agreement": 99.9},
-            None, True, "yes", "0.10 % of the predictions differ",
-        ),
-        (
-            {"top1_float": None, "top1_quantized": None, "lost": None, "won": None, "agreement": None},
-            None, True, "unclear", "SQNR of 20.0 dB",
-        ),
+        (UNLABELLED | {"agreement": 99.9}, None, True, "yes", "0.10 % of the predictions differ"),
+        (UNLABELLED | {"agreement": 80.0}, None, True, "unclear", "accuracy drops by that at most, labels would tell by how much"),
+        (UNLABELLED | {"agreement": 80.0}, None, False, "unclear", "on the samples it was calibrated on; give --eval-data"),
+        (UNLABELLED | {"agreement": 80.0}, 5.0, True, "no", "the limit is --max-drop 5"),
+        (UNLABELLED | {"agreement": 40.0, "sqnr": {"a": 9.0, "y": 1.0}}, None, True, "no", "output 'y' has noise of more than half"),
+        (UNLABELLED | {"agreement": None}, None, True, "unclear", "SQNR of 20.0 dB"),
     ],
 )  # fmt: skip
 def test_verdict(changes: dict[str, Any], limit: float | None, held_out: bool, ship: str, words: str) -> None:

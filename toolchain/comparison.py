@@ -184,13 +184,16 @@ def load_results(place: Path) -> dict[str, Any]:
     Raises:
         UsageError: it is something else, or cannot be read.
     """
-    try:
-        facts = json.loads(place.read_text(encoding="utf-8"))
-        if not all("settings" in row for row in facts["rows"]):
-            raise KeyError("settings")
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{place}: exists, but is not the result of a comparison; choose another --output") from None
+    facts = report.load_json(place)
+    if not are_results(facts):
+        raise UsageError(f"{place}: exists, but is not the result of a comparison; choose another --output")
     return facts
+
+
+def are_results(facts: Any) -> bool:
+    """Whether a JSON file's content is what `compare` and `study` write."""
+    rows = facts.get("rows") if isinstance(facts, dict) else None
+    return isinstance(rows, list) and all(isinstance(row, dict) and "settings" in row for row in rows)
 
 
 def concluded(place: Path, **said: Any) -> dict[str, Any]:

@@ -4,7 +4,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 
-from .block_picture import STYLE
+from .drawing import STYLE
+
+_SHORT = 16  # characters of a first cell that need no room of their own to break in
 
 
 def document(title: str, head: str, sections: Sequence[str]) -> str:
@@ -24,12 +26,13 @@ def section(title: str, text: str, *parts: str) -> str:
     return f"<section><h2>{escape(title)}</h2><p class=muted>{text}</p>{''.join(parts)}</section>"
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of texts; columns whose name ends in > hold numbers."""
     classes = [" class=number" if column.endswith(">") else "" for column in columns]
     head = "".join(f"<th{c}>{escape(column.removesuffix('>'))}</th>" for column, c in zip(columns, classes, strict=True))
     body = "".join(f"<tr>{''.join(f'<td{c}>{escape(cell)}</td>' for cell, c in zip(row, classes, strict=True))}</tr>" for row in rows)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    named = " class=named" if any(len(row[0]) > _SHORT for row in rows) else ""
+    return f"<div class=scroll><table{named}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def details(title: str, body: str) -> str:

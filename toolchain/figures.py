@@ -10,6 +10,7 @@ from matplotlib.ticker import EngFormatter
 
 from . import plot
 from .plot import BLUE, GREEN, INK, LINE, MUTED, ORANGE, RED
+from .wording import short_names
 
 _LOG_RATIO = 40.0  # from which a quantity is drawn on a logarithmic axis
 _MOST_LEVELS = 40  # of a grid that are drawn one by one
@@ -116,7 +117,7 @@ def histogram(position: int, value: dict[str, Any]) -> str:
         )
         axes.locator_params(axis="x", nbins=5)
 
-    return plot.svg(f"histogram{position}", f"histogram of {value['name']}", draw, 270, 120, margins=(4, 18))
+    return plot.svg(f"histogram{position}", f"histogram of {value['name']}", draw, 270, 120, margins=(14, 18))
 
 
 def sensitivities(found: dict[str, Any]) -> str:
@@ -136,9 +137,9 @@ def sensitivities(found: dict[str, Any]) -> str:
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, marker="o", markersize=5, linewidth=0, label=label)
         room = 18 if plot.is_narrow(axes) else 52
-        axes.set_yticks(list(rows), [_tail(layer["node"], room) for layer in layers])
+        axes.set_yticks(list(rows), short_names([layer["node"] for layer in layers], room))
         axes.tick_params(axis="y", length=0)
-        axes.invert_yaxis()
+        axes.set_ylim(len(layers) - 0.4, -2.0)  # room for the word on top of the line
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("SQNR of the output, dB")
@@ -252,8 +253,3 @@ def _scale(axes: Axes, values: Sequence[float]) -> None:
 
 def _legend(axes: Axes, handles: Sequence[Any], labels: Sequence[str], columns: int) -> None:
     axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.2, handlelength=1.4)
-
-
-def _tail(name: str, room: int) -> str:
-    """The end of a name tells layers apart."""
-    return name if len(name) <= room else "…" + name[1 - room :]

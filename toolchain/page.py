@@ -150,19 +150,19 @@ def _capacities(report: dict[str, Any]) -> str:
     merged = [row for row in report["plan"]["boundaries"] if row["merged"]]
     text = f"Parameters times bits of each block, scaled where a stage opens. Units: {escape(report['plan']['why'])}."
     chosen = _boundaries(merged) if merged else "<p>No blocks are joined.</p>"
-    every = details("all boundaries", _boundaries(report["plan"]["boundaries"]))
+    every = details("all boundaries", _boundaries(report["plan"]["boundaries"], are_all=True))
     return section("Capacity and units", text, figures.capacities(report), chosen, every)
 
 
-def _boundaries(found: list[dict[str, Any]]) -> str:
+def _boundaries(found: list[dict[str, Any]], are_all: bool = False) -> str:
     """Capacity gap and, where it was measured, the drop of the loss between neighbours, and why they were joined or not."""
     measured = any(row["loss_drop"] is not None for row in found)
-    columns = ("neighbours", "capacity gap>", *(["loss drop>"] if measured else []), "joined", "why")
+    columns = ("neighbours", "capacity gap>", *(["loss drop>"] if measured else []), *(["joined"] if are_all else []), "why")
     rows = []
     for row in found:
         drop = "" if row["loss_drop"] is None else f"{row['loss_drop']:+.4g}"
-        joined = "yes" if row["merged"] else ""
-        rows.append((" | ".join(row["blocks"]), f"{row['capacity_gap']:.3g}", *([drop] if measured else []), joined, row["reason"]))
+        joined = ["yes" if row["merged"] else ""] if are_all else []
+        rows.append((" | ".join(row["blocks"]), f"{row['capacity_gap']:.3g}", *([drop] if measured else []), *joined, row["reason"]))
     return table(columns, rows)
 
 
@@ -175,6 +175,8 @@ def _curves(units: list[dict[str, Any]]) -> str:
         text = f"loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}"
         if unit["undecided"] is not None:
             text += f", {100 * (1 - unit['undecided']):.1f} % decided"
+        if unit["kept"] == "initial":
+            text += ", kept as calibrated"
         pictures.append((unit["unit"], text, figures.curve(i, unit)))
     keys = [
         (color, words)
@@ -260,7 +262,7 @@ def _units(units: list[dict[str, Any]]) -> str:
 def _blocks(report: dict[str, Any]) -> str:
     text = f"{len(report['blocks'])} blocks in {len(report['plan']['units'])} units, from the input down. "
     text += "Frames are units of several blocks; orange boxes open a stage."
-    return section("Blocks", text, f'<div class="picture">{block_picture(report)}</div>')
+    return section("Blocks", text, f'<div class="picture">{block_picture(report).svg()}</div>')
 
 
 def _run(report: dict[str, Any]) -> str:

@@ -13,7 +13,11 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch, PathPatch
+from matplotlib.path import Path
 from matplotlib.transforms import blended_transform_factory
+
+from .drawing import LIGHT, Box, Curve, Drawing
 
 # Stand-ins that matplotlib can parse, and the variable that takes each one's place.
 INK, MUTED, LINE, PAPER = "#010100", "#010200", "#010300", "#010400"
@@ -23,6 +27,7 @@ _VARIABLES = {
     BLUE: "--blue", ORANGE: "--orange", GREEN: "--green", RED: "--red",
 }  # fmt: skip
 WIDE, NARROW = 860, 340  # pixels
+_HIGHEST = 30_000  # pixels of a file, which viewers still open
 _RIGHT = 14  # pixels beside the axes: half of the last tick's label
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -83,6 +88,37 @@ def svg(name: str, description: str, draw: Draw, width: int, height: int, margin
     return _inlined(buffer.getvalue(), name, description)
 
 
+def png(drawing: Drawing) -> bytes:
+    """A drawing in light colours, at three times its size where that is not too high; equal drawings give equal bytes."""
+    figure = Figure(figsize=(drawing.width / 72, drawing.height / 72), dpi=min(3 * 72, _HIGHEST * 72 / drawing.height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, drawing.width), ylim=(drawing.height, 0))
+    axes.set_axis_off()
+    for shape in drawing.shapes:
+        if isinstance(shape, Box):
+            box = FancyBboxPatch(
+                (shape.x, shape.y),
+                shape.width,
+                shape.height,
+                boxstyle=f"round,pad=0,rounding_size={min(shape.radius, shape.width / 2)}",
+                facecolor=(LIGHT[shape.fill], shape.opacity),
+                edgecolor=LIGHT[shape.stroke] if shape.stroke else "none",
+                linewidth=shape.thickness if shape.stroke else 0,
+                linestyle=(0, (3, 3)) if shape.is_dashed else "solid",
+            )
+            axes.add_patch(box)
+        elif isinstance(shape, Curve):
+            code = Path.CURVE4 if len(shape.points) == 4 else Path.LINETO
+            path = Path(shape.points, [Path.MOVETO] + [code] * (len(shape.points) - 1))
+            axes.add_patch(PathPatch(path, facecolor="none", edgecolor=LIGHT[shape.color], linewidth=1.5))
+        else:
+            weight = "bold" if shape.is_bold else "normal"
+            # Bold and regular letters of the font that matplotlib brings are a tenth wider than those that pages are laid out for.
+            axes.text(shape.x, shape.y, shape.text, color=LIGHT[shape.color], fontsize=0.9 * shape.size, weight=weight, parse_math=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi="figure", facecolor=LIGHT["paper"], metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def is_narrow(axes: Axes) -> bool:
     """Whether a picture is drawn for a phone."""
     return axes.figure.get_figwidth() * 72 < WIDE / 2  # pyright: ignore[reportAttributeAccessIssue]
@@ -109,7 +145,8 @@ def spans(axes: Axes, runs: list[tuple[int, int]]) -> None:
 def mark(axes: Axes, x: float, text: str, color: str = MUTED) -> None:
     """A vertical line with a word on top."""
     axes.axvline(x, color=color, linewidth=1, linestyle=(0, (3, 3)))
-    axes.text(x, 1.0, f" {text}", color=color, fontsize=9, va="top", transform=blended_transform_factory(axes.transData, axes.transAxes))
+    place = blended_transform_factory(axes.transData, axes.transAxes)
+    axes.annotate(text, (x, 1.0), (4, 0), xycoords=place, textcoords="offset points", color=color, fontsize=9, va="top")
 
 
 def _inlined(text: str, name: str, description: str) -> str:

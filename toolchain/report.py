@@ -269,24 +269,19 @@ def load_report(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: it cannot be read, or is no report of a `quantize` run.
     """
-    report = _json(path)
+    report = load_json(path)
     missing = [key for key in _KEYS if not isinstance(report, dict) or key not in report]
     if missing:
         raise UsageError(f"{path}: has no {missing[0]!r}: not the report.json of a `quantize` run")
     return report
 
 
-def load_experiments(path: Path) -> dict[str, Any] | None:
-    """Read what `compare` and `study` have written; None where a file is of something else.
+def load_json(path: Path) -> Any:
+    """What a JSON file holds.
 
     Raises:
         UsageError: it cannot be read.
     """
-    facts = _json(path)
-    return facts if isinstance(facts, dict) and "rows" in facts and ("comparison" in facts or "study" in facts) else None
-
-
-def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -296,14 +291,19 @@ def _json(path: Path) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file beside its place and move it there, so that no half-written file is ever seen.
+    """`write_bytes` of a text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its place and move it there, so that no half-written file is ever seen.
 
     Raises:
         UsageError: it cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(content)
         part.replace(path)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written: {error.strerror}") from error

@@ -24,6 +24,7 @@ from .wording import (
     kind,
     magnitude,
     ranges_line,
+    remedy,
     size,
     smaller,
     steps,
@@ -45,6 +46,8 @@ def summary(report: dict[str, Any]) -> Group:
         ("ship", f"[{_SHIP[verdict['ship']]}]{verdict['ship']}[/]: {escape(verdict['sentence'])}"),
         *((key, escape(text)) for key, text in headline(report)),
     ]
+    if verdict["ship"] == "no":
+        lines.append(("next", escape(remedy(report))))
     reasons: dict[str, list[str]] = {}
     for unit in report["units"]:
         if unit["reason"] is not None:

@@ -11,6 +11,7 @@ _PARITY_AGREEMENT = 99.0  # percent of predictions
 _PARITY_SQNR = 20.0  # dB, where there are no classes
 _PARITY_MARGIN = 4.0  # dB
 _PARITY_STEPS = 2.0  # rounding explains one step
+_DROWNED = 3.0  # dB, where noise has half the power of the signal
 _YARDSTICK = 1.0  # points of accuracy, where --max-drop names no other limit
 
 
@@ -72,10 +73,11 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     problem = parity_problem(checked)
     if problem is not None:
         return Verdict("no", f"ONNX Runtime does not compute what was learned: {problem}")
+    output, error = min(checked.sqnr.items(), key=lambda item: item[1])
+    if checked.top1_float is None and error < _DROWNED:
+        return Verdict("no", f"output {output!r} has noise of more than half its power (SQNR {error:.1f} dB)")
     if checked.drop is None:
-        return Verdict(
-            "unclear", f"there are no classes to compare; judge by the SQNR of {min(checked.sqnr.values()):.1f} dB in your own metric"
-        )
+        return Verdict("unclear", f"there are no classes to compare; judge by the SQNR of {error:.1f} dB in your own metric")
     limit = _YARDSTICK if max_drop is None else max_drop
     named = f"the yardstick of {limit:g} point without --max-drop" if max_drop is None else f"--max-drop {limit:g}"
     low, high = intervals(checked)["drop"]
@@ -83,15 +85,18 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     drop = f"accuracy is {moved} (95 %: {-high:+.2f} to {-low:+.2f})"
     if checked.top1_float is None:
         drop = f"{checked.drop:.2f} % of the predictions differ from the float model's (95 %: {low:.2f} to {high:.2f}; if the output "
-        drop += f"is no class scores, judge by its SQNR of {min(checked.sqnr.values()):.1f} dB in your own metric)"
+        drop += f"is no class scores, judge by its SQNR of {error:.1f} dB in your own metric)"
     easy = "" if is_held_out else ", even on the samples it was calibrated on"
     if max_drop is not None and checked.drop > max_drop:
         return Verdict("no", f"{drop}{easy}; the limit is {named}")
-    if low > limit:
+    is_bound = checked.top1_float is None and max_drop is None  # predictions that differ may be no worse
+    if low > limit and not is_bound:
         return Verdict("no", f"{drop}{easy}, more than {named}")
     if not is_held_out:
         return Verdict("unclear", f"{drop}, but on the samples it was calibrated on; give --eval-data")
     if high <= limit:
         return Verdict("yes", f"{drop}, within {named}")
+    if is_bound:
+        return Verdict("unclear", f"{drop}; accuracy drops by that at most, labels would tell by how much")
     more = "more labelled samples" if checked.top1_float is not None else "more samples"
     return Verdict("unclear", f"{drop}: {named} lies within the interval; {more} would decide")

@@ -1,5 +1,7 @@
 """The figures of a run in words, the same in the terminal and on the page."""
 
+import shlex
+from collections.abc import Sequence
 from typing import Any
 
 _MOST_BLOCKS = 8
@@ -7,8 +9,8 @@ _OTHER_RUNTIMES = ("tensorrt", "openvino", "qnn")
 
 
 def size(count: int) -> str:
-    """Bytes as MB or kB."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+    """Bytes as GB, MB or kB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def magnitude(count: float) -> str:
@@ -70,6 +72,25 @@ def island_lines(islands: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def short_names(names: Sequence[str], room: int) -> list[str]:
+    """Names of nodes in so many characters: whole, or without what says nothing (`/features/features.1/conv/Conv`: `features.1/conv`), or
+    the ends, which tell layers apart."""
+    if all(len(name) <= room for name in names):
+        return list(names)
+    brief = [_brief(name) for name in names]
+    chosen = brief if len(set(brief)) == len(set(names)) else names
+    return [name if len(name) <= room else "…" + name[1 - room :] for name in chosen]
+
+
+def _brief(name: str) -> str:
+    """A node's name as torch exports it, without the parts that the next one repeats and without the operator at its end."""
+    parts = name.strip("/").split("/")
+    if len(parts) > 1 and parts[-1].isalpha() and parts[-1][0].isupper():
+        del parts[-1]
+    kept = [part for part, after in zip(parts, [*parts[1:], ""], strict=True) if not after.startswith(f"{part}.")]
+    return "/".join(kept)
+
+
 def behind(line: dict[str, Any]) -> str:
     """How far a compared method is behind the best one, with half the interval of that."""
     if line["behind"] is None:
@@ -97,6 +118,18 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     v = report["validation"]
     sizes = f"{size(v['float_bytes'])} float, {size(v['quantized_bytes'])} quantized: {smaller(v)}"
     return [("accuracy", _accuracy(v)), ("speed", _speed(v, report["config"]["target"])), ("size", sizes), ("exact", _exactness(v))]
+
+
+def remedy(report: dict[str, Any]) -> str:
+    """What to do about a result that is not good enough."""
+    config, model = report["config"], report["model"]
+    data = config.get("eval-data", config["calibration-data"])
+    words = ["mrecg-onnx", "diagnose", model["path"], model["output"], "--data", "DATA" if data == "synthetic" else data]
+    text = f"{shlex.join(words)} shows where the error enters"
+    best = report["seconds"]["best_preset_estimate"]
+    if best is None or (config["preset"] == "best" and "iterations" not in config):
+        return text
+    return f"{text}; --preset best would reconstruct for about {duration(best)} here"
 
 
 def _accuracy(v: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """`mrecg-onnx compare` and `study`: many runs on one model and equal data."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ..config_file import parse_precision, split
 from ..data_config import DataConfig
 from ..errors import UsageError, near_misses
 from ..option import flag
+from ..processes import Processes
 from .endings import reported
 from .files import calibration_at, samples_at
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
@@ -144,6 +146,8 @@ def _experiment(
     from ..cpu import keep_freed_memory
     from ..source import load_source
 
+    if Processes.of(os.environ).count > 1:
+        raise UsageError("torchrun: every process would make all the runs; start one alone (`quantize` is what shares its work)")
     found = given(options)
     taken = next((name for name in varied if name in found), None)
     if taken is not None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import io
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
@@ -13,6 +15,7 @@ from .endings import reported
 from .options import EXIT_CODES, PATH
 
 _FILE_COLUMNS = 120  # of a table that is written to a file
+_FORMATS = ("table", "json", "html", "svg", "png")
 
 
 @click.command(epilog=EXIT_CODES, short_help="Blocks, capacities and proposed units; needs no data.")
@@ -26,25 +29,26 @@ _FILE_COLUMNS = 120  # of a table that is written to a file
 @click.option(
     "--format",
     "format_",
-    metavar="table|json|html|svg",
-    default="table",
-    show_default=True,
-    help="A table, the facts, a page, or the picture of the blocks alone.",
+    metavar="table|json|html|svg|png",
+    help="A table, the facts, a page, or the picture of the blocks alone. Default: what --output ends in, else table.",
 )
 @click.option("-o", "--output", type=PATH, help="Write to this file instead of standard output.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str, output: Path | None, verbose: bool) -> None:
+def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str | None, output: Path | None, verbose: bool) -> None:
     """Show the blocks of MODEL, their capacities, the units proposed, and what stays float. Needs no data.
 
     \b
     mrecg-onnx inspect net.onnx
-    mrecg-onnx inspect net.onnx --format html -o net.html
+    mrecg-onnx inspect net.onnx -o net.html
     """
     with reported(verbose):
-        formats = ("table", "json", "html", "svg")
-        for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, formats)):
+        ending = output.suffix.removeprefix(".").lower() if output is not None else ""
+        format_ = format_ or (ending if ending in _FORMATS else "table")
+        for name, value, known in (("--units", units, ("modcap", "transitions")), ("--format", format_, _FORMATS)):
             if value not in known:
                 raise UsageError(f"{name} {value}: must be one of {', '.join(known)}")
+        if format_ == "png" and output is None and sys.stdout.isatty():
+            raise UsageError("--format png: is no text; give --output")
         from .. import report, survey, terminal
         from ..source import load_source
 
@@ -64,26 +68,38 @@ def inspect(model: Path, input_shape: tuple[str, ...], units: str, format_: str,
             "shapes": {name: list(shape) for name, shape in shapes.items()},
             "islands": [dataclasses.asdict(row) for row in islands],
         }
-        if format_ == "table":
-            if output is None:
-                terminal.show_inspection(Console(highlight=False), facts)
-                return
-            console = Console(file=io.StringIO(), width=_FILE_COLUMNS, highlight=False, record=True)
-            terminal.show_inspection(console, facts)
-            report.write_text(output, console.export_text())
+        if format_ == "table" and output is None:
+            terminal.show_inspection(Console(highlight=False), facts)
             return
-        from ..block_picture import block_picture
-
-        if format_ == "html":
-            from ..page import inspect_page
-
-            text = inspect_page(report.finite(facts))
-        else:
-            text = report.as_json(facts) if format_ == "json" else block_picture(facts, standalone=True) + "\n"
+        content = _drawn(facts, format_).encode("utf-8") if format_ != "png" else _png(facts)
         if output is None:
-            click.echo(text, nl=False)
+            click.echo(content, nl=False)
         else:
-            report.write_text(output, text)
+            report.write_bytes(output, content)
+
+
+def _drawn(facts: dict[str, Any], format_: str) -> str:
+    """What `inspect` found, as text of one format."""
+    from .. import report, terminal
+    from ..block_picture import block_picture
+    from ..page import inspect_page
+
+    if format_ == "html":
+        return inspect_page(report.finite(facts))
+    if format_ == "svg":
+        return block_picture(facts).svg(standalone=True) + "\n"
+    if format_ == "json":
+        return report.as_json(facts)
+    console = Console(file=io.StringIO(), width=_FILE_COLUMNS, highlight=False, record=True)
+    terminal.show_inspection(console, facts)
+    return console.export_text()
+
+
+def _png(facts: dict[str, Any]) -> bytes:
+    from .. import plot
+    from ..block_picture import block_picture
+
+    return plot.png(block_picture(facts))
 
 
 def _shape(entry: str) -> tuple[str, tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """`mrecg-onnx report`: the page of a run or of experiments, drawn again from the facts."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,24 +25,30 @@ def report_command(report_file: Path, overlay: Path | None, output: Path | None,
     mrecg-onnx report joined.report/report.json --overlay plain.report/report.json
     """
     with reported(verbose):
-        from .. import report
+        from .. import comparison, report
         from ..experiments_page import experiments_page
         from ..page import report_page
 
-        place = output or report_file.with_suffix(".html")
-        if (experiments := report.load_experiments(report_file)) is not None:
-            if overlay is not None:
-                raise UsageError(f"--overlay: lies over the page of a `quantize` run; {report_file} is of `compare` or `study`")
-            report.write_text(place, experiments_page(experiments))
-            click.echo(f"wrote {place}")
-            return
-        facts = report.load_report(report_file)
-        other = report.load_report(overlay) if overlay is not None else None
-        if other is not None and other["model"]["sha256"] != facts["model"]["sha256"]:
-            raise UsageError(f"--overlay {overlay}: is of another model ({other['model']['path']}, not {facts['model']['path']})")
+        found = report.load_json(report_file)
+        of_experiments = comparison.are_results(found)
+        if of_experiments and overlay is not None:
+            raise UsageError(f"--overlay: lies over the page of a `quantize` run; {report_file} is of `compare` or `study`")
+        if of_experiments and not found.keys() & {"comparison", "study"}:
+            raise UsageError(f"{report_file}: is of runs that did not end; the same `compare` or `study` goes on from there")
         try:
-            page = report_page(facts, other)
+            page = experiments_page(found) if of_experiments else report_page(*_runs(report_file, overlay))
         except KeyError as missing:
             raise UsageError(f"{report_file}: has no {missing}: it was written by another version of mrecg-onnx") from missing
+        place = output or report_file.with_suffix(".html")
         report.write_text(place, page)
         click.echo(f"wrote {place}")
+
+
+def _runs(report_file: Path, overlay: Path | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The facts of a run, and of the one that is drawn over it."""
+    from .. import report
+
+    facts, other = report.load_report(report_file), report.load_report(overlay) if overlay is not None else None
+    if other is not None and other["model"]["sha256"] != facts["model"]["sha256"]:
+        raise UsageError(f"--overlay {overlay}: is of another model ({other['model']['path']}, not {facts['model']['path']})")
+    return facts, other
