@@ -9,6 +9,7 @@ import pytest
 
 from tests import zoo
 from toolchain.errors import UsageError
+from toolchain.float_reasons import UNSOUND
 from toolchain.flow import edges
 from toolchain.placement import Placement, place
 from toolchain.scheme import ORT_CPU, Precision
@@ -103,6 +104,36 @@ def test_biases_that_cannot_be_integers_are_reported(tmp_path: Path) -> None:
     assert list(found.weights) == ["w"]
     assert not found.biases
     assert [row.reason for row in found.floats] == ["its bias stays float: Gemm scales it (alpha or beta is not 1)"]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_weights_and_biases_without_codes_stay_float(number: float, tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 6]})
+    w = np.ones((6, 4), np.float32)
+    w[2, 1] = number
+    y = b.op("MatMul", b.op("Gemm", "x", b.weight("v", (6, 6), 6), b.constant("c", np.array([number] * 6, np.float32))), b.constant("w", w))
+    source, found = placed(b.model(y), tmp_path)
+    assert source.unsound == {"w", "c"}
+    assert list(found.weights) == ["v"]
+    assert not found.biases
+    assert {row.reason for row in found.floats} == {f"its weight cannot be on a grid: {UNSOUND}", f"its bias stays float: {UNSOUND}"}
+
+
+def test_a_weight_that_is_an_output_stays_float(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 6]})
+    y = b.op("MatMul", b.op("MatMul", "x", b.weight("w", (6, 6), 6)), b.weight("v", (6, 4), 6))
+    source, found = placed(b.model(y, "w"), tmp_path)
+    assert source.graph.outputs == (y,)  # nothing computes the other
+    assert list(found.weights) == ["v"]
+    assert [row.reason for row in found.floats] == ["its weight is an output of the model, too"]
+
+
+@pytest.mark.parametrize("channels", [4, 6])
+def test_the_bias_of_a_transposed_convolution_says_why_it_is_float(channels: int, tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 4, 6, 6]})
+    y = b.op("ConvTranspose", "x", b.weight("w", (4, channels // 2, 2, 2), 16), b.weight("c", (channels,), 1), group=2, strides=[2, 2])
+    _, found = placed(b.model(y), tmp_path)
+    assert [row.reason for row in found.floats] == ["its bias stays float: transposed convolutions run in float"]
 
 
 def test_products_of_two_activations_are_quantized(tmp_path: Path) -> None:

@@ -129,6 +129,35 @@ def test_only_sample_arrays_are_batched(tmp_path: Path) -> None:
     assert shape not in types.batched
 
 
+def test_windows_folded_into_a_fixed_batch_are_given_back_by_a_number(tmp_path: Path) -> None:
+    """[2, 3, 8, 8] in four windows each is [8, 3, 4, 4]: the reshape behind them says 2, and its first axis is no copy of 8."""
+    b = zoo.Builder({"x": [2, 3, 8, 8]})
+    split = b.op("Reshape", "x", b.constant("split", np.array([8, 3, 4, 4], np.int64)))
+    y = b.op("Reshape", b.conv(split, 3, 3), b.constant("back", np.array([2, 192], np.int64)))
+    model = b.model(b.linear(y, 192, 5))
+    x = zoo.images(2).inputs
+    found = outputs(zoo.loaded(model, tmp_path).model, x)[0]
+    np.testing.assert_allclose(found, outputs(model, x)[0], atol=1e-5, rtol=0)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_sparse_weights_are_made_dense(flat: bool, tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 6]})
+    y = b.op("MatMul", "x", "w")
+    model = b.model(b.linear(y, 4, 5))
+    dense = np.zeros((6, 4), np.float32)
+    dense[[0, 2, 5], [1, 3, 0]] = [0.5, -1.0, 2.0]
+    places = np.flatnonzero(dense) if flat else np.argwhere(dense)
+    values = numpy_helper.from_array(dense[dense != 0], "w")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(places.astype(np.int64), "w_places"), dense.shape)
+    model.graph.sparse_initializer.append(sparse)
+    source = zoo.loaded(model, tmp_path)
+    np.testing.assert_array_equal(source.constants["w"], dense)
+    assert len(source.graph.weighted) == 2
+    x = zoo.images(3, (6,)).inputs
+    np.testing.assert_allclose(outputs(source.model, x)[0], outputs(model, x)[0], atol=1e-5, rtol=0)  # float32 sums in another order
+
+
 def quantized() -> onnx.ModelProto:
     b = zoo.Builder({"x": ["N", 6]})
     b.op("DynamicQuantizeLinear", "x", name="q", outputs=3)

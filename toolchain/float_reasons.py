@@ -12,6 +12,7 @@ from .source import SourceModel, ValueTypes
 from .stored import CONTROL_FLOW, RECURRENT
 
 ON_REQUEST = "kept float on request"
+UNSOUND = "NaN or infinite numbers have no codes"
 _LARGE = 4096  # numbers of a constant that is worth a word
 _FUSED = frozenset({"Attention", "EmbedLayerNormalization"})  # of com.microsoft, with weights among their inputs
 
@@ -46,6 +47,10 @@ def float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: Ma
         return "its weight is empty"
     if source.constants[weight].ndim < 2:
         return "its weight is a vector"
+    if weight in source.unsound:
+        return f"its weight cannot be on a grid: {UNSOUND}"
+    if any(output.name == weight for output in source.model.graph.output):
+        return "its weight is an output of the model, too"
     if any(
         graph.weight(reader) != weight or reader.inputs.count(weight) > 1 or reader.name in reasons for reader in graph.readers_of(weight)
     ):
@@ -58,8 +63,12 @@ def float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: Ma
 def float_bias_reason(source: SourceModel, node: Node, bias: str) -> str | None:
     """Why the bias of a quantized layer stays float; None where it can have int32 codes."""
     array = source.constants[bias]
+    if node.op_type == "ConvTranspose":
+        return "transposed convolutions run in float"
     if array.dtype.name != "float32":
         return f"it is {array.dtype.name}"
+    if bias in source.unsound:
+        return UNSOUND
     if len(source.graph.readers_of(bias)) > 1 or node.inputs.count(bias) > 1:
         return "several nodes share it"
     channels = source.constants[node.inputs[1]].shape[source.channel_axis(node)]
@@ -68,8 +77,6 @@ def float_bias_reason(source: SourceModel, node: Node, bias: str) -> str | None:
     attributes = {a.name: a.f for a in source.node_protos[node.name].attribute}
     if node.op_type == "Gemm" and (attributes.get("alpha", 1.0), attributes.get("beta", 1.0)) != (1.0, 1.0):
         return "Gemm scales it (alpha or beta is not 1)"
-    if node.op_type == "ConvTranspose":
-        return "transposed convolutions run in float"
     return None
 
 

@@ -76,7 +76,7 @@ def difference(found: Any, expected: Any) -> float:
         return float(bool((a != b).any()))
     a, b = a.astype(np.float64), b.astype(np.float64)
     apart = ~((a == b) | (np.isnan(a) & np.isnan(b)))
-    largest = np.abs(a - b, where=apart, out=np.zeros_like(b)).max(initial=0.0)
+    largest = np.abs(np.subtract(a, b, where=apart, out=np.zeros_like(b))).max(initial=0.0)
     return float(largest / max(np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=0.0), _SMALLEST_RANGE))
 
 

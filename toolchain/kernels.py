@@ -136,7 +136,7 @@ def _compared(
     """Run the model with the expected codes fed to every operator, and compare what each makes of them."""
     given = {name: np.asarray(expected[name]) for name in codes}
     unsteady = _unsteady(model, given.keys())
-    expected = {name: np.asarray(value) for name, value in expected.items() if name not in unsteady}
+    expected = {name: runtime.as_array(value) for name, value in expected.items() if name not in unsteady}
     cut = runtime.session(_cut(model, given, list(expected)), provider, optimization, _REWRITES)
     fed = {name + _FED: array for name, array in given.items()} | runtime.batched(feeds, runtime.input_axes(model))
     names = {entry.name for entry in cut.get_inputs()}
@@ -144,7 +144,7 @@ def _compared(
     fed_codes = set(codes)
 
     def difference(name: str) -> Difference:
-        steps = _steps(expected[name], np.asarray(found[name]))
+        steps = _steps(expected[name], runtime.as_array(found[name]))
         return Difference(name, float(steps.max(initial=0.0)), int((steps >= 1).sum()), steps.size, name in fed_codes)
 
     return tuple(difference(name) for name in expected)
@@ -211,7 +211,7 @@ def _steps(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
         return (expected != found).astype(np.float64)
     expected, found, is_integer = expected.astype(np.float64), found.astype(np.float64), expected.dtype.kind != "f"
     apart = ~((expected == found) | (np.isnan(expected) & np.isnan(found)))
-    difference = np.abs(expected - found, where=apart, out=np.zeros_like(expected))
+    difference = np.abs(np.subtract(expected, found, where=apart, out=np.zeros_like(expected)))
     if is_integer:
         return difference
     finite = expected[np.isfinite(expected)]

@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import inliner, numpy_helper, version_converter
+from onnx import inliner, numpy_helper, shape_inference
 
 from . import large, runtime
 from .errors import UnsupportedModelError
+from .raising import MIN_OPSET, opset_of, raised
 
 # Of `exporters.qdq`.
 _EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes")
-MIN_OPSET = 13  # the first with per-channel QuantizeLinear / DequantizeLinear
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -72,13 +72,9 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     domains = {entry.domain for entry in model.opset_import}
     if model.functions:
         model = inliner.inline_local_functions(model)
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < MIN_OPSET:
-        try:
-            model = large.with_weights_of(model, lambda graph: version_converter.convert_version(graph, MIN_OPSET))
-        except Exception as error:  # the C++ converter raises bare RuntimeError subclasses
-            raise UnsupportedModelError(f"{path}: opset {opset} cannot be raised to {MIN_OPSET}: {error}") from error
     model.ir_version = max(model.ir_version, 4)  # before 4 every initializer had to be a graph input, which blocks constant folding
+    if opset_of(model) < MIN_OPSET:
+        model = raised(model, path)
     constants = {tensor.name for tensor in model.graph.initializer}
     for value in [value for value in model.graph.input if value.name in constants]:
         model.graph.input.remove(value)
@@ -90,11 +86,12 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     imports = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(imports)
+    _make_dense(model.graph)
     _restore_weight_names(model.graph, original_names)
     _free_export_names(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
-    _open_batch(model.graph)
+    _open_batch(model)
     return model
 
 
@@ -172,23 +169,45 @@ def _name_nodes(graph: onnx.GraphProto) -> None:
         node.name = name
 
 
-def _open_batch(graph: onnx.GraphProto) -> None:
+def _make_dense(graph: onnx.GraphProto) -> None:
+    """Sparse constants as dense ones, as ONNX Runtime computes with them."""
+    for sparse in graph.sparse_initializer:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(list(sparse.dims), values.dtype)
+        dense[np.unravel_index(places, dense.shape) if places.ndim == 1 else tuple(places.T)] = values
+        graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+    del graph.sparse_initializer[:]
+
+
+def _open_batch(model: onnx.ModelProto) -> None:
     """Let reshapes of a fixed-batch model copy their first axis (0) instead of naming it, so that it can be run on any batch.
 
-    The declared input shape stays, and so does every result for the declared batch.
+    Only where what is reshaped has the samples first: windows that were folded into the batch are given back by a number. The declared
+    input shape stays, and so does every result for the declared batch.
     """
+    graph = model.graph
     batches = {value.type.tensor_type.shape.dim[0].dim_value for value in graph.input if value.type.tensor_type.shape.dim}
     if len(batches) != 1 or 0 in batches:
         return
     batch = batches.pop()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
+    first = {value.name: value.type.tensor_type.shape.dim[0].dim_value for value in _inferred(model) if value.type.tensor_type.shape.dim}
     for node in graph.node:
         if node.op_type == "Reshape" and node.input[1] in tensors and not any(a.name == "allowzero" and a.i for a in node.attribute):
             shape = numpy_helper.to_array(tensors[node.input[1]])
-            if len(shape) > 1 and shape[0] == batch:
+            if len(shape) > 1 and shape[0] == batch == first.get(node.input[0]):
                 name = f"{node.name}_shape"
                 graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]], np.int64), name))
                 node.input[1] = name
+
+
+def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """The values of a model with what is known of their shapes."""
+    try:
+        graph = shape_inference.infer_shapes(large.skeleton(model)).graph
+    except shape_inference.InferenceError:
+        graph = model.graph
+    return [*graph.input, *graph.value_info, *graph.output]
 
 
 def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) -> None:

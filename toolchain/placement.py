@@ -23,7 +23,7 @@ from types import MappingProxyType
 import numpy as np
 from onnx import TensorProto
 
-from .float_reasons import ON_REQUEST, FloatRow, float_bias_reason, float_reason, other_constants, reasons_of, with_storage
+from .float_reasons import ON_REQUEST, UNSOUND, FloatRow, float_bias_reason, float_reason, other_constants, reasons_of, with_storage
 from .flow import Flow, edges, integer_nodes, is_quantized_result
 from .graph import WEIGHT_INPUT, Graph, Node
 from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_spec
@@ -197,7 +197,7 @@ def _weight_specs(
         if reason is not None:
             floats.append(FloatRow(node.name, node.op_type, reason))
         elif weight is not None:
-            spec = _weight_spec(source, node, scheme, bits_of(node).weight(node.name in edge_nodes), bits_of(node).block_size)
+            spec = _weight_spec(source, node, scheme, bits_of(node), node.name in edge_nodes)
             weights[weight] = _tied_weight_spec(weights.get(weight), spec)
     return weights, floats
 
@@ -216,11 +216,12 @@ def _stored_specs(
             uses[name] = (node.name,), source.channel_axis(node)
     for name, (readers, axis) in uses.items():
         kept = next((node for node in readers if node in keep_float), None)
-        if kept is None and scheme.stores:
+        if kept is None and scheme.stores and name not in source.unsound:
             bits = max(bits_of.named(node).stored for node in readers)
             specs[name] = weight_spec(bits, axis, scheme.weight_symmetric)
             continue
-        why = ON_REQUEST if kept is not None else f"the target {scheme.name} takes codes of operands only"
+        why = f"the target {scheme.name} takes codes of operands only" if kept is None else ON_REQUEST
+        why = UNSOUND if name in source.unsound else why
         what = f"{name!r}, {source.constants[name].size:,} numbers: {why}"
         floats.append(FloatRow(kept or readers[0], "/".join(source.stored[name].operators) if name in source.stored else "", what))
     return specs, floats
@@ -334,13 +335,16 @@ class _BitsOf:
         return self.own.get(node, self.general)
 
 
-def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, bits: int, block: int | None) -> QuantSpec:
+def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, precision: Precision, edge: bool) -> QuantSpec:
+    bits, block = precision.weight(edge), precision.block_size
     if block is not None and node.op_type in ("MatMul", "Gemm"):
         shape = source.constants[node.inputs[1]].shape
         summed = 2 * len(shape) - 3 - source.channel_axis(node)  # the other of the last two axes
         if not scheme.whole_blocks or shape[summed] % block == 0:
             return weight_spec(bits, summed, scheme.weight_symmetric, block)
-    axis = source.channel_axis(node) if node.op_type in scheme.per_channel else None
+    # ONNX Runtime's integer product of a stack of matrices takes one zero point for all of them, and fails on one for each channel.
+    is_stack = node.op_type == "MatMul" and source.constants[node.inputs[1]].ndim > 2 and precision.operand(edge) < FLOAT_BITS
+    axis = source.channel_axis(node) if node.op_type in scheme.per_channel and not is_stack else None
     return weight_spec(bits, axis, scheme.weight_symmetric)
 
 

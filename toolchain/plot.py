@@ -167,5 +167,5 @@ def _inlined(text: str, name: str, description: str) -> str:
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # pyright: ignore[reportOptionalMemberAccess]
     opening = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}" xmlns="http://www.w3.org/2000/svg"'
     opening += ' xmlns:xlink="http://www.w3.org/1999/xlink">'
-    text = re.sub(r"<svg\b[^>]*>", opening, text, count=1, flags=re.DOTALL)
+    text = re.sub(r"<svg\b[^>]*>", lambda _: opening, text, count=1, flags=re.DOTALL)
     return re.sub(r"\n\s*", "\n", text).strip()

@@ -203,7 +203,10 @@ def digest(arrays: Mapping[str, np.ndarray]) -> str:
     for name in sorted(arrays):
         array = np.asarray(arrays[name], order="C")
         state.update(f"{name}:{array.dtype.str}:{array.shape}:".encode())
-        state.update(array.reshape(-1).view(np.uint8).data)
+        if array.dtype.hasobject:  # strings
+            state.update("\0".join(map(str, array.reshape(-1))).encode())
+        else:
+            state.update(array.reshape(-1).view(np.uint8).data)
     return state.hexdigest()
 
 

@@ -117,7 +117,7 @@ def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Se
     names = list(names) if names is not None else [output.name for output in opened.get_outputs()]
     found: list[list[Any]] = []
     for fed, size, count in batches(opened, feeds):
-        results = map(np.asarray, execute(opened, fed, names).values())
+        results = map(as_array, execute(opened, fed, names).values())
         found.append([array[:count] if array.ndim and array.shape[0] == size else array for array in results])
     return {name: joined([parts[index] for parts in found]) for index, name in enumerate(names)}
 
@@ -182,6 +182,16 @@ def _sample_axis(shape: Sequence[int | str | None], counts: AbstractSet[int | st
 
 def _is_fixed(size: int | str | None) -> bool:
     return isinstance(size, int) and size > 0
+
+
+def as_array(value: Any) -> np.ndarray:
+    """What ONNX Runtime made, as an array: maps from class to score as rows of scores [N, C], a sequence of unequal tensors flat."""
+    if not isinstance(value, list) or not value:
+        return np.asarray(value)
+    if isinstance(value[0], dict):
+        return np.array([list(scores.values()) for scores in value])
+    alike = all(np.shape(part) == np.shape(value[0]) for part in value)
+    return np.asarray(value) if alike else np.concatenate([np.ravel(part) for part in value])
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:

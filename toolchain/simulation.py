@@ -43,7 +43,7 @@ def simulate(
     for name, kept in stream.of(source.graph.outputs).items():
         value = unpacked(kept)
         parts = value if isinstance(value, Parts) else [value]
-        joined = runtime.joined([part.cpu().numpy() if isinstance(part, torch.Tensor) else np.asarray(part) for part in parts])
+        joined = runtime.joined([part.cpu().numpy() if isinstance(part, torch.Tensor) else runtime.as_array(part) for part in parts])
         found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined
     return found
 

@@ -123,6 +123,13 @@ class SourceModel:
         return (*(name for name in own if name is not None), *self._stored_of.get(node.name, ()))
 
     @cached_property
+    def unsound(self) -> frozenset[str]:
+        """Of the constants that may be on a grid: those with NaN or infinite numbers."""
+        names = {name for node in self.graph.nodes for name in self.weights_of(node)}
+        floats = {name: array for name in names if (array := self.constants[name]).dtype.kind == "f" and array.size}
+        return frozenset(name for name, array in floats.items() if not (np.isfinite(array.min()) and np.isfinite(array.max())))
+
+    @cached_property
     def node_protos(self) -> Mapping[str, onnx.NodeProto]:
         return MappingProxyType({node.name: node for node in self.model.graph.node})
 
@@ -198,7 +205,8 @@ def _loaded(path: Path) -> SourceModel:
     del model.graph.node[:]
     model.graph.node.extend(ordered)
     inputs = _input_specs([value for value in model.graph.input if value.name not in constants], path)
-    graph = Graph(nodes, tuple(spec.name for spec in inputs), tuple(output.name for output in model.graph.output), constants)
+    computed = tuple(output.name for output in model.graph.output if output.name not in constants)
+    graph = Graph(nodes, tuple(spec.name for spec in inputs), computed, constants)
     if not inputs:
         raise UnsupportedModelError(f"{path}: has no inputs; there is nothing to calibrate it on")
     if not graph.weighted and not find_stored(model, graph):

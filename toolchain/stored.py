@@ -56,7 +56,7 @@ class StoredWeight:
 def find_stored(model: onnx.ModelProto, graph: Graph) -> Mapping[str, StoredWeight]:
     """The constants of a model that may be stored as codes though no weighted node of its main graph reads them, in order of first use."""
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    outputs = set(graph.outputs)
+    outputs = {output.name for output in model.graph.output}
     found: dict[str, StoredWeight] = {}
     for name, readers in reads(model.graph).items():
         tensor = tensors.get(name)

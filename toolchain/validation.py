@@ -166,7 +166,11 @@ def validate(
 
 def class_output(outputs: Mapping[str, np.ndarray], count: int) -> str | None:
     """The first output that scores classes: [N, C] with C > 1."""
-    return next((name for name, array in outputs.items() if array.ndim == 2 and array.shape[0] == count and array.shape[1] > 1), None)
+    return next((name for name, array in outputs.items() if _scores(array, count)), None)
+
+
+def _scores(array: np.ndarray, count: int) -> bool:
+    return array.ndim == 2 and array.shape[0] == count and array.shape[1] > 1 and array.dtype.kind in "fiu"
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -181,7 +185,14 @@ def agreement(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: st
 
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
-    """Signal to quantization noise, 10 log10(sum x^2 / sum (x - y)^2), in dB over all samples; inf for equal arrays."""
+    """Signal to quantization noise, 10 log10(sum x^2 / sum (x - y)^2), in dB over all samples; inf for equal arrays.
+
+    Of strings, those that differ are noise. Arrays of different shapes (boxes, of which there may be more or fewer) have 0 dB.
+    """
+    if reference.shape != other.shape:
+        return 0.0
+    if reference.dtype.kind in "OSU":
+        reference, other = np.ones(reference.shape), reference == other
     reference, other = reference.astype(np.float64), other.astype(np.float64)
     noise = float(np.square(reference - other).sum())
     return float(10 * np.log10(max(float(np.square(reference).sum()), 1e-300) / noise)) if noise > 0 else float("inf")
@@ -189,8 +200,16 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
 
 def parity(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None) -> Parity:
     """Compare two executions over all outputs; the worst output counts."""
-    differences = [float(np.abs(a[name] - b[name]).max(initial=0) / max(np.abs(a[name]).max(initial=0), 1e-12)) for name in a]
-    return Parity(agreement(a, b, head), min(sqnr(a[name], b[name]) for name in a), max(differences))
+    noise = min((sqnr(a[name], b[name]) for name in a), default=float("inf"))
+    return Parity(agreement(a, b, head), noise, max((_difference(a[name], b[name]) for name in a), default=0.0))
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference over the largest magnitude of `a`; 1 where shapes or strings differ."""
+    if a.shape != b.shape or a.dtype.kind in "OSU":
+        return float(not np.array_equal(a, b))
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.abs(a - b).max(initial=0) / max(np.abs(a).max(initial=0), 1e-12))
 
 
 def _latency(first: runtime.Session, second: runtime.Session, samples: Samples) -> Latency:

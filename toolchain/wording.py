@@ -98,8 +98,10 @@ def behind(line: dict[str, Any]) -> str:
     return f"{line['behind']:.2f} ±{line['behind_margin']:.2f}" if line["behind_margin"] else "best"
 
 
-def steps(count: float) -> str:
-    """A difference in steps of a grid."""
+def steps(count: float | None) -> str:
+    """A difference in steps of a grid; None stands for infinite, or for no number."""
+    if count is None:
+        return "infinitely many steps"
     return f"{count:.0f} step{'' if round(count) == 1 else 's'}"
 
 

@@ -1,0 +1,191 @@
+"""Models that are unusual in one thing each go through the whole command: quantized, written, run and reported."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+from onnx import TensorProto, helper, numpy_helper
+
+from toolchain.cli import main
+
+RNG = np.random.default_rng(0)
+Arrays = dict[str, np.ndarray]
+FLOAT = TensorProto.FLOAT
+VECTORS = RNG.normal(size=(24, 8)).astype(np.float32)
+
+
+def weight(*shape: int) -> np.ndarray:
+    return (RNG.normal(size=shape) * np.sqrt(2 / shape[-2])).astype(np.float32)
+
+
+def value(name: str, kind: int, *shape: int | str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, list(shape))
+
+
+def made(
+    nodes: Sequence[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    constants: Arrays,
+    domains: Sequence[tuple[str, int]] = (),
+) -> onnx.ModelProto:
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    imports = [helper.make_opsetid("", 17), *(helper.make_opsetid(*entry) for entry in domains)]
+    return helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, tensors), opset_imports=imports, ir_version=8)
+
+
+def two_layers(extra: Sequence[onnx.NodeProto] = (), *outputs: onnx.ValueInfoProto, domains: Sequence[tuple[str, int]] = (), **more: Any):
+    """x [N, 8] -> Gemm -> Relu -> Gemm -> y [N, 4], with what a case adds."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v"], ["y"]),
+        *extra,
+    ]
+    constants = {"w": weight(8, 16), "v": weight(16, 4), **more}
+    return made(nodes, [value("x", FLOAT, "N", 8)], outputs or [value("y", FLOAT, "N", 4)], constants, domains)
+
+
+def constant_outputs() -> tuple[onnx.ModelProto, Arrays]:
+    """Anchors that every call gives back, and a weight that is an output."""
+    model = two_layers((), value("y", FLOAT, "N", 4), value("anchors", FLOAT, 3), value("v", FLOAT, 16, 4), anchors=np.ones(3, np.float32))
+    return model, {"x": VECTORS}
+
+
+def class_maps() -> tuple[onnx.ModelProto, Arrays]:
+    """What converters of scikit-learn write: a map from class to score for each sample, and class names."""
+    kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.STRING, helper.make_tensor_type_proto(FLOAT, [])))
+    nodes = [
+        helper.make_node("ZipMap", ["y"], ["scores"], domain="ai.onnx.ml", classlabels_strings=list("abcd")),
+        helper.make_node("ArgMax", ["y"], ["best"], axis=1, keepdims=0),
+        helper.make_node(
+            "LabelEncoder", ["best"], ["label"], domain="ai.onnx.ml", keys_int64s=[0, 1, 2, 3], values_strings=list("abcd")
+        ),
+    ]  # fmt: skip
+    outputs = [helper.make_value_info("scores", kind), value("label", TensorProto.STRING, "N")]
+    return two_layers(nodes, *outputs, domains=[("ai.onnx.ml", 3)]), {"x": VECTORS}
+
+
+def unequal_sequence() -> tuple[onnx.ModelProto, Arrays]:
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(FLOAT, None))
+    node = helper.make_node("SplitToSequence", ["y", "three"], ["parts"], axis=1)
+    return two_layers([node], helper.make_value_info("parts", kind), three=np.int64(3) * np.ones((), np.int64)), {"x": VECTORS}
+
+
+def strings_in() -> tuple[onnx.ModelProto, Arrays]:
+    nodes = [
+        helper.make_node("LabelEncoder", ["s"], ["i"], domain="ai.onnx.ml", keys_strings=list("abc"), values_int64s=[0, 1, 2]),
+        helper.make_node("Gather", ["table", "i"], ["e"]),
+        helper.make_node("Gemm", ["e", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "v"], ["y"]),
+    ]
+    constants = {"table": weight(3, 8), "w": weight(8, 16), "v": weight(16, 4)}
+    inputs, outputs = [value("s", TensorProto.STRING, "N")], [value("y", FLOAT, "N", 4)]
+    return made(nodes, inputs, outputs, constants, [("ai.onnx.ml", 3)]), {"s": np.array(list("abc" * 8))}
+
+
+def strange_names() -> tuple[onnx.ModelProto, Arrays]:
+    nodes = [
+        helper.make_node("Gemm", ["in put:0", "w é/ß"], ["%r[0]"]),
+        helper.make_node("Relu", ["%r[0]"], ["{r}"], name="n" * 300),
+        helper.make_node("Gemm", ["{r}", "weird'\"\\w\\1"], ["<y>&"]),
+    ]
+    constants = {"w é/ß": weight(8, 16), "weird'\"\\w\\1": weight(16, 4)}
+    return made(nodes, [value("in put:0", FLOAT, "N", 8)], [value("<y>&", FLOAT, "N", 4)], constants), {"in put:0": VECTORS}
+
+
+def infinite_weight() -> tuple[onnx.ModelProto, Arrays]:
+    """An infinite weight, whose results a Sigmoid makes 0 or 1."""
+    model = two_layers()
+    broken = weight(8, 16)
+    broken[0, 0] = np.inf
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(broken, "w"))
+    model.graph.node[1].op_type = "Sigmoid"
+    return model, {"x": VECTORS}
+
+
+def sparse() -> tuple[onnx.ModelProto, Arrays]:
+    """A weight as a sparse constant, and one that is made of a shape."""
+    values = helper.make_tensor("s", FLOAT, [3], [1.0, 2.0, 3.0])
+    places = helper.make_tensor("", TensorProto.INT64, [3], [3, 20, 50])
+    nodes = [
+        helper.make_node("Constant", [], ["s"], sparse_value=helper.make_sparse_tensor(values, places, [16, 4])),
+        helper.make_node("ConstantOfShape", ["shape"], ["c"], value=helper.make_tensor("", FLOAT, [1], [0.1])),
+        helper.make_node("Gemm", ["x", "c"], ["h"]),
+        helper.make_node("Gemm", ["h", "s"], ["y"]),
+    ]
+    return made(nodes, [value("x", FLOAT, "N", 8)], [value("y", FLOAT, "N", 4)], {"shape": np.array([8, 16])}), {"x": VECTORS}
+
+
+def stacked_weights() -> tuple[onnx.ModelProto, Arrays]:
+    """A product with a stack of matrices, one for each head."""
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    inputs, outputs = [value("x", FLOAT, "N", 2, 5, 8)], [value("y", FLOAT, "N", 2, 5, 4)]
+    constants = {"w": weight(2, 8, 16), "v": weight(2, 16, 4)}
+    return made(nodes, inputs, outputs, constants), {"x": RNG.normal(size=(24, 2, 5, 8)).astype(np.float32)}
+
+
+def folded_windows() -> tuple[onnx.ModelProto, Arrays]:
+    """Windows are folded into a batch of one, and back, with every shape written out."""
+    shapes = {"s": np.array([16, 4, 4]), "back": np.array([1, 64, 8]), "w": weight(4, 8), "v": weight(8, 4)}
+    nodes = [
+        helper.make_node("Reshape", ["x", "s"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+        helper.make_node("Reshape", ["b", "back"], ["c"]),
+        helper.make_node("MatMul", ["c", "v"], ["y"]),
+    ]
+    inputs, outputs = [value("x", FLOAT, 1, 64, 4)], [value("y", FLOAT, 1, 64, 4)]
+    return made(nodes, inputs, outputs, shapes), {"x": RNG.normal(size=(24, 64, 4)).astype(np.float32)}
+
+
+def causal_mask() -> tuple[onnx.ModelProto, Arrays]:
+    """Attention behind a mask of minus infinity."""
+    nodes = [
+        *(helper.make_node("MatMul", ["x", f"w{k}"], [k]) for k in "qkv"),
+        helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q", "kt"], ["s"]),
+        helper.make_node("Add", ["s", "mask"], ["m"]),
+        helper.make_node("Softmax", ["m"], ["p"]),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    constants = {f"w{k}": weight(8, 8) for k in "qkv"} | {"mask": np.triu(np.full((6, 6), -np.inf, np.float32), 1)}
+    inputs, outputs = [value("x", FLOAT, "N", 6, 8)], [value("y", FLOAT, "N", 6, 8)]
+    return made(nodes, inputs, outputs, constants), {"x": RNG.normal(size=(24, 6, 8)).astype(np.float32)}
+
+
+MODELS = {
+    builder.__name__: builder
+    for builder in (
+        constant_outputs, class_maps, unequal_sequence, strings_in, strange_names, infinite_weight, sparse, stacked_weights, folded_windows,
+        causal_mask,
+    )
+}  # fmt: skip
+KEPT = {"infinite_weight": "NaN or infinite", "constant_outputs": "is an output of the model"}
+"""Models with a layer that stays float, and what its row says."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_quantized_and_reported(name: str, tmp_path: Path) -> None:
+    model, samples = MODELS[name]()
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "c.npz", **samples)
+    arguments = ["quantize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), "--calibration-data", str(tmp_path / "c.npz")]
+    done = CliRunner().invoke(main, [*arguments, "--json", "--device", "cpu", "-p", "w8a8", "--algorithm", "mse"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "q.report" / "report.json").read_text())
+    assert facts["coverage"]["layers_quantized"] == facts["coverage"]["layers"] - (name in KEPT)
+    if name in KEPT:
+        assert any(KEPT[name] in row["reason"] for row in facts["float_nodes"])
+    else:
+        noise = [ratio for ratio in facts["validation"]["sqnr"].values() if ratio is not None]
+        assert all(ratio > 20 for ratio in noise)  # 8 bits; None is exact
+    assert list(facts["validation"]["sqnr"]) == [output.name for output in model.graph.output]
+    written = ort.InferenceSession(str(tmp_path / "q.onnx"), providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in written.get_outputs()] == [output.name for output in model.graph.output]

@@ -1,0 +1,52 @@
+"""Outputs that are no plain float arrays: infinite numbers, strings, sequences, maps from class to score, constants."""
+
+import numpy as np
+import pytest
+import torch
+
+from toolchain import kernels, runtime
+from toolchain.import_check import difference
+from toolchain.plot import picture
+from toolchain.run_folder import digest
+from toolchain.validation import class_output, parity, sqnr
+
+INF = np.inf
+
+
+def test_maps_are_rows_of_scores_and_unequal_sequences_flat() -> None:
+    np.testing.assert_array_equal(runtime.as_array([{"a": 1.0, "b": 2.0}, {"a": 3.0, "b": 4.0}]), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(runtime.as_array([np.ones((1, 2)), np.zeros(3)]), [1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(runtime.as_array([np.ones(2), np.zeros(2)]), [[1, 1], [0, 0]])
+    assert runtime.as_array([]).shape == (0,)
+
+
+def test_noise_of_strings_and_of_unequal_shapes() -> None:
+    words = np.array(["cat", "dog", "cow", "cat"], object)
+    other = np.array(["cat", "dog", "cow", "dog"], object)
+    assert sqnr(words, words) == INF
+    assert sqnr(words, other) == pytest.approx(10 * np.log10(4))  # one of four
+    assert sqnr(np.ones(3), np.ones(4)) == 0
+    found = parity({"a": words, "b": np.ones(3)}, {"a": other, "b": np.ones(4)}, None)
+    assert found.sqnr == 0
+    assert found.max_difference == 1
+    assert class_output({"a": words.reshape(2, 2), "b": np.ones((2, 2))}, 2) == "b"
+
+
+def test_equal_infinite_numbers_are_no_difference() -> None:
+    a, b = np.array([INF, -INF, np.nan, 1.0]), np.array([INF, -INF, np.nan, 1.5])
+    with np.errstate(invalid="raise"):  # inf - inf is not computed
+        assert difference(torch.from_numpy(a), a) == 0
+        assert difference(torch.from_numpy(b), a) == 0.5
+        assert kernels._steps(a, a).max() == 0
+        assert (kernels._steps(a, b) > 0).tolist() == [False, False, False, True]
+
+
+def test_the_digest_of_strings_is_of_what_they_say() -> None:
+    a, b, c = (digest({"x": np.array(words, object)}) for words in (["ab", "c"], ["ab", "".join("c")], ["a", "bc"]))
+    assert a == b != c
+
+
+def test_descriptions_of_pictures_are_taken_literally() -> None:
+    """Names of a model's values end up in them, and a backslash is no reference to a group."""
+    drawn = picture("figure", r"the error of \1 and \g<name>", lambda axes: axes.plot([0, 1]))
+    assert r'aria-label="the error of \1 and \g&lt;name&gt;"' in drawn

@@ -1,0 +1,52 @@
+"""Files of older opsets compute what they did: the coordinates of Upsample and the first Resize, and Hardmax over several axes."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from tests import zoo
+from toolchain import runtime
+from toolchain.errors import UnsupportedModelError
+
+
+def same_results(model: onnx.ModelProto, folder: Path) -> None:
+    source = zoo.loaded(model, folder)
+    assert source.opset == 13
+    x = zoo.images(2).inputs
+    expected, found = (list(runtime.run(runtime.session(m), x).values()) for m in (model, source.model))
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5, rtol=0)  # float32 sums in another order
+
+
+def resized(kind: str, opset: int, scales: list[float], mode: str) -> onnx.ModelProto:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=opset, ir_version=4)
+    x = b.conv("x", 3, 4)
+    if opset < 9:
+        return b.model(b.conv(b.op(kind, x, mode=mode, scales=scales), 4, 4))
+    return b.model(b.conv(b.op(kind, x, b.constant("scales", np.array(scales, np.float32)), mode=mode), 4, 4))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize(("kind", "opset"), [("Upsample", 7), ("Upsample", 9), ("Resize", 10)])
+def test_enlarging(kind: str, opset: int, mode: str, tmp_path: Path) -> None:
+    same_results(resized(kind, opset, [1.0, 1.0, 2.0, 2.0], mode), tmp_path)
+    same_results(resized(kind, opset, [1.0, 1.0, 1.5, 2.5], mode), tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("scale", [0.5, 0.75, 0.3])
+def test_shrinking(scale: float, mode: str, tmp_path: Path) -> None:
+    same_results(resized("Resize", 10, [1, 1, scale, scale], mode), tmp_path)
+
+
+def test_rounding_that_later_versions_cannot_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"opset 10 cannot be raised to 13: .*enlarges one axis and shrinks another"):
+        zoo.loaded(resized("Resize", 10, [1, 1, 2, 0.5], "nearest"), tmp_path)
+
+
+@pytest.mark.parametrize("axis", [None, 1, 2, 3])
+def test_hardmax(axis: int | None, tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=11, ir_version=4)
+    y = b.op("Hardmax", b.conv("x", 3, 4), **({} if axis is None else {"axis": axis}))
+    same_results(b.model(b.conv(y, 4, 4)), tmp_path)
