@@ -1,5 +1,7 @@
 """Conv and ConvTranspose with the weight as an argument in its ONNX layout, so that a quantized weight can take its place."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -20,7 +22,10 @@ def conv(view: NodeView) -> Operator:
         if not pads.symmetric:
             x = pads.pad(x)
         padding = pads.begin if pads.symmetric else 0
-        return _CONV[weight.dim() - 2](x, weight, bias, pads.strides, padding, pads.dilations, attrs.get("group", 1))
+        arguments = pads.strides, padding, pads.dilations, attrs.get("group", 1)
+        if bias is None or not bias.requires_grad:
+            return _CONV[weight.dim() - 2](x, weight, bias, *arguments)
+        return _AddedBias.apply(_CONV[weight.dim() - 2](x, weight, bias.detach(), *arguments), bias)  # pyright: ignore[reportReturnType]
 
     return Operator(call, view.inputs)
 
@@ -46,6 +51,22 @@ def conv_transpose(view: NodeView) -> Operator:
         return y if bias is None else y + bias.reshape(-1, *[1] * rank)
 
     return Operator(call, view.inputs)
+
+
+class _AddedBias(torch.autograd.Function):
+    """The gradient of a bias that a convolution has added: the sum over samples and space.
+
+    oneDNN sums it up to fifty times slower, within the gradient of the weights: a quarter of a step of depthwise layers.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
+        return grad, grad.sum(dim=list(range(2, grad.dim()))).sum(dim=0)
 
 
 def _output_window(pads: WindowPads, natural: list[int], spatial: torch.Size, wanted: list[int] | None) -> tuple[list[int], list[int]]:
