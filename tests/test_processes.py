@@ -173,7 +173,7 @@ def test_two_processes_over_gloo_survive_a_kill_and_make_one_file(tmp_path: Path
     report = json.loads((output.with_name("net.w4a4.report") / "report.json").read_text())
     assert report["environment"]["processes"] == 2
     losses, expected = [unit["loss_after"] for unit in report["units"]], [result.loss_after for result in alone.results]
-    assert losses[:2] == pytest.approx(expected[:2], rel=0.02)
+    assert losses[:2] == pytest.approx(expected[:2], rel=0.05)
     assert losses == pytest.approx(expected, rel=0.3)  # 150 large steps: one code that falls otherwise moves all that later units read
     learned = encodings.loads(table.read_text(), str(table)).table
     for name, grid in alone.results[0].changes.items():

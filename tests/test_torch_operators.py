@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -152,6 +153,27 @@ def test_resize_before_opset_11(kind: str, mode: str, scales: list[float]) -> No
 
 def test_upsample_by_attributes() -> None:
     check("Upsample", normal(2, 3, 5, 4), opset=7, mode="nearest", scales=[1.0, 1.0, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(("rank", "group"), [(1, 1), (2, 1), (2, 4), (3, 1)])
+def test_gradient_of_a_bias_that_a_convolution_added(rank: int, group: int) -> None:
+    """What autograd makes of the same convolution, to float32 sums in another order; that of input and weight bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (3, 4, *[6] * rank), (8, 4 // group, *[3] * rank), (8,)
+    plain = [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    own = [leaf.detach().clone().requires_grad_() for leaf in plain]
+    expected = (F.conv1d, F.conv2d, F.conv3d)[rank - 1](plain[0], plain[1], plain[2], groups=group)
+    x, w, b = (leaf.detach().numpy() for leaf in own)
+    block, _ = module(node_model("Conv", {"x": x}, {"w": w, "b": b}, 13, group=group), ("x",))
+    found = block(dict(zip(("x", "w", "b"), own, strict=True)))["y0"]
+    assert torch.equal(found, expected)
+    towards = torch.randn(expected.shape, generator=generator)
+    expected.backward(towards)
+    found.backward(towards)
+    for index, (ours, theirs) in enumerate(zip(own, plain, strict=True)):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5 if index == 2 else 0, atol=1e-5 if index == 2 else 0)
 
 
 def test_gradients_flow_through_a_resize() -> None:
