@@ -173,8 +173,10 @@ def test_two_processes_over_gloo_survive_a_kill_and_make_one_file(tmp_path: Path
     report = json.loads((output.with_name("net.w4a4.report") / "report.json").read_text())
     assert report["environment"]["processes"] == 2
     losses, expected = [unit["loss_after"] for unit in report["units"]], [result.loss_after for result in alone.results]
-    assert losses[:2] == pytest.approx(expected[:2], rel=0.05)
-    assert losses == pytest.approx(expected, rel=0.3)  # 150 large steps: one code that falls otherwise moves all that later units read
+    assert losses[0] == pytest.approx(expected[0], rel=0.02)
+    # 150 large steps: one code that falls otherwise moves all that later units read. One process whose bias gradients are summed in five
+    # other orders ends up to 0.3 % away in the first unit, 3 % in the second, 26 % in the last.
+    assert losses == pytest.approx(expected, rel=0.3)
     learned = encodings.loads(table.read_text(), str(table)).table
     for name, grid in alone.results[0].changes.items():
         if grid.codes is not None and grid.spec.bits <= 8:
