@@ -175,7 +175,7 @@ KEPT = {"infinite_weight": "NaN or infinite", "constant_outputs": "is an output 
 def test_quantized_and_reported(name: str, tmp_path: Path) -> None:
     model, samples = MODELS[name]()
     onnx.save(model, tmp_path / "m.onnx")
-    np.savez(tmp_path / "c.npz", **samples)
+    np.savez(tmp_path / "c.npz", **samples)  # pyright: ignore[reportArgumentType]
     arguments = ["quantize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), "--calibration-data", str(tmp_path / "c.npz")]
     done = CliRunner().invoke(main, [*arguments, "--json", "--device", "cpu", "-p", "w8a8", "--algorithm", "mse"])
     assert done.exit_code == 0, done.output

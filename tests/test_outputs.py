@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 
 from toolchain import kernels, runtime
 from toolchain.import_check import difference
@@ -48,5 +49,9 @@ def test_the_digest_of_strings_is_of_what_they_say() -> None:
 
 def test_descriptions_of_pictures_are_taken_literally() -> None:
     """Names of a model's values end up in them, and a backslash is no reference to a group."""
-    drawn = picture("figure", r"the error of \1 and \g<name>", lambda axes: axes.plot([0, 1]))
+
+    def line(axes: Axes) -> None:
+        axes.plot([0, 1])
+
+    drawn = picture("figure", r"the error of \1 and \g<name>", line)
     assert r'aria-label="the error of \1 and \g&lt;name&gt;"' in drawn

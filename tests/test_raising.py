@@ -48,5 +48,5 @@ def test_rounding_that_later_versions_cannot_do_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("axis", [None, 1, 2, 3])
 def test_hardmax(axis: int | None, tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=11, ir_version=4)
-    y = b.op("Hardmax", b.conv("x", 3, 4), **({} if axis is None else {"axis": axis}))
+    y = b.op("Hardmax", b.conv("x", 3, 4), **({} if axis is None else {"axis": axis}))  # pyright: ignore[reportArgumentType]
     same_results(b.model(b.conv(y, 4, 4)), tmp_path)
