@@ -55,3 +55,11 @@ def test_descriptions_of_pictures_are_taken_literally() -> None:
 
     drawn = picture("figure", r"the error of \1 and \g<name>", line)
     assert r'aria-label="the error of \1 and \g&lt;name&gt;"' in drawn
+
+
+def test_signal_to_noise_of_what_is_no_number() -> None:
+    """Masks of minus infinity on both sides are alike; NaN on one side is no exact result."""
+    signal = np.array([[1.0, -np.inf, np.nan, 2.0]])
+    assert sqnr(signal, signal) == float("inf")
+    assert sqnr(signal, signal + np.array([[0.1, 0, 0, 0]])) == pytest.approx(10 * np.log10(5 / 0.01))
+    assert sqnr(signal, np.array([[np.nan, -np.inf, np.nan, 2.0]])) == 0.0
