@@ -132,7 +132,7 @@ def test_what_it_cannot_split_keeps_its_codes(tmp_path: Path) -> None:
     found = quantize(source, zoo.images(64, (4, 3, 6)), Config(algorithm="bit-split", weight_bits=3, first_last_bits="same", device="cpu"))
     stack, plain = found.results
     assert (stack.kept, stack.flipped, dict(stack.changes)) == ("initial", 0.0, {})
-    assert stack.reason == "not split: its weight is a stack of matrices"
+    assert stack.reason == "not split: its weight has one scale for the whole tensor"
     assert plain.flipped > 0
 
 
