@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from tests import zoo
 from toolchain import minibatch, reconstruction
 from toolchain.activations import Value
+from toolchain.compiled import Limits
 from toolchain.config import Config
 from toolchain.fake_quant import LearnedStep
 from toolchain.losses import learnable
@@ -107,7 +108,13 @@ def test_so_do_other_operators_and_several_outputs(tmp_path: Path, monkeypatch: 
 def test_gradients_stay_on_the_device() -> None:
     with FakeTensorMode():
         x, step = torch.empty(4, 8, device=CUDA), torch.ones((), device=CUDA)
-        saved = {"saved_tensors": (x, x, step), "range": (-8, 7), "dropped": True, "needs_input_grad": (True, True)}
+        saved = {
+            "saved_tensors": (x, x, step),
+            "limits": Limits(-8, 7, 0.0, 6.0),
+            "is_dropped": True,
+            "is_compiled": False,
+            "needs_input_grad": (True, True),
+        }
         context: Any = type("Context", (), saved)
         towards_x, towards_step, *_ = LearnedStep.backward(context, torch.empty_like(x))
     assert towards_x.device == towards_step.device == CUDA

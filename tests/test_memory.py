@@ -169,9 +169,9 @@ def halting(monkeypatch: pytest.MonkeyPatch, most: int, learning: bool) -> None:
     """Forward passes of more than `most` samples run out of memory: those of learning, or those of moving activations."""
     original = TorchBlock.forward
 
-    def forward(self: TorchBlock, values: Any, observe: Any = None) -> Any:
+    def forward(self: TorchBlock, values: Any, *observing: Any) -> Any:
         size = max(len(values[name]) for name in self.block.inputs)
-        return full() if torch.is_grad_enabled() == learning and size > most else original(self, values, observe)
+        return full() if torch.is_grad_enabled() == learning and size > most else original(self, values, *observing)
 
     monkeypatch.setattr(TorchBlock, "forward", forward)
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from toolchain import fake_quant
+from toolchain import compiled, fake_quant
+from toolchain.compiled import Limits
 from toolchain.fake_quant import Coins, LearnedStep, fake_quantize, flat, rounding_logits, soft_round
 from toolchain.quant_table import QuantSpec, TensorQuant, activation_spec, dequantize, quantize, weight_spec
 
@@ -95,8 +96,10 @@ def test_soft_rounding_starts_at_the_fraction(fraction: float) -> None:
     assert soft_round(logits).item() == pytest.approx(fraction, abs=1e-6)  # float32 literals of the stretch
 
 
-def reference(x: torch.Tensor, step: torch.Tensor, low: int, high: int, keep: torch.Tensor) -> torch.Tensor:
-    """LSQ written with autograd and detach: round is straight through, clamp is differentiated."""
+def reference(x: torch.Tensor, step: torch.Tensor, limits: Limits, keep: torch.Tensor) -> torch.Tensor:
+    """LSQ behind a Clip, written with autograd and detach: round is straight through, clamp is differentiated."""
+    low, high, least, most = limits
+    x = torch.nn.functional.hardtanh(x, least, most) if limits.are_bounded else x
     scaled = x / step
     clamped = scaled.clamp(low, high)
     quantized = (clamped.round() - clamped).detach() + clamped
@@ -112,16 +115,45 @@ class Given(Coins):
     def over(self, x: torch.Tensor) -> Coins:
         return self
 
-    def toss(self, into: torch.Tensor) -> torch.Tensor:
-        into.copy_(self._rest[: len(into)])
-        self._rest = self._rest[len(into) :]
-        return into
+    def fallen(self, size: int) -> torch.Tensor:
+        own, self._rest = self._rest[:size], self._rest[size:]
+        return own.to(torch.uint8)
+
+
+@pytest.fixture
+def compiler() -> None:
+    refused = compiled.refusal(torch.device("cpu"))
+    if refused is not None:
+        pytest.skip(f"torch cannot compile here: {refused}")
+
+
+LIMITS = [Limits(0, 15), Limits(-8, 7), Limits(-3, 12), Limits(0, 15, 0.0), Limits(-8, 7, -1.0, 6.0), Limits(-3, 12, -1.5, 1.5)]
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.usefixtures("compiler")
+def test_a_compiled_quantizer_is_the_same_bit_for_bit(limits: Limits, dropped: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 3, 5, 5, generator=generator) * 3).contiguous(memory_format=torch.channels_last)
+    x[0, 0, 0] = torch.tensor([0.0, -0.0, limits.high * 0.3, limits.low * 0.3, limits.least if limits.are_bounded else 0.0])
+    results = []
+    for is_compiled in (False, True):
+        leaf, size = x.clone().requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        coins = Given((torch.rand(x.numel(), generator=generator.manual_seed(1)) < 0.5).float()) if dropped else None
+        out: Any = LearnedStep.apply(leaf, size, limits, coins, is_compiled)
+        out.backward(torch.randn(x.shape, generator=generator.manual_seed(2)))
+        results.append((out.detach(), leaf.grad, size.grad))
+    (out_a, x_a, s_a), (out_b, x_b, s_b) = results
+    assert torch.equal(out_a, out_b)
+    assert torch.equal(x_a, x_b)
+    torch.testing.assert_close(s_b, s_a, atol=1e-4, rtol=1e-5)  # a sum of 300 float32 terms in another order
 
 
 @pytest.mark.parametrize("tile", [1 << 20, 64])
 @pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize(("low", "high"), [(0, 15), (-8, 7), (-3, 12)])
-def test_learned_step_has_the_gradients_of_lsq(dropped: bool, low: int, high: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+def test_learned_step_has_the_gradients_of_lsq(dropped: bool, limits: Limits, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fake_quant, "_TILE", tile)  # 300 elements: one tile, or five with a short one
     generator = torch.Generator().manual_seed(0)
     x = (torch.randn(4, 3, 5, 5, generator=generator) * 3).contiguous(memory_format=torch.channels_last)
@@ -133,7 +165,7 @@ def test_learned_step_has_the_gradients_of_lsq(dropped: bool, low: int, high: in
     coins = Given(keep) if dropped else None
     for is_reference in (True, False):
         leaf, size = x.clone().requires_grad_(), step.clone().requires_grad_()
-        out: Any = reference(leaf, size, low, high, keep) if is_reference else LearnedStep.apply(leaf, size, low, high, coins)
+        out: Any = reference(leaf, size, limits, keep) if is_reference else LearnedStep.apply(leaf, size, limits, coins, False)
         assert out.stride() == x.stride()
         out.backward(grad)
         results.append((out.detach(), leaf.grad, size.grad))
@@ -152,7 +184,7 @@ def test_the_gradient_passes_exactly_where_the_code_is_in_range(size: float, end
     x[np.array(ends) == 0] = ulps * np.float32(size) * 1e-9
     origin = torch.from_numpy(x).requires_grad_()
     step = torch.tensor(size)
-    LearnedStep.apply(origin, step, *ends, None).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
+    LearnedStep.apply(origin, step, Limits(*ends), None, False).sum().backward()  # pyright: ignore[reportAttributeAccessIssue]
     scaled = origin.detach() / step
     assert origin.grad is not None
     assert torch.equal(origin.grad, ((scaled >= ends[0]) & (scaled <= ends[1])).float())

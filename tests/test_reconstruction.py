@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import zoo
-from toolchain import losses, reconstruction, step_learning
+from toolchain import compiled, losses, reconstruction, step_learning
 from toolchain.activations import Passes
 from toolchain.calibration import calibrate_weight
 from toolchain.config import Config
+from toolchain.errors import UsageError
 from toolchain.fake_quant import soft_round
 from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable, TensorQuant, weight_spec
@@ -178,6 +179,43 @@ def test_same_seed_same_codes(tmp_path: Path) -> None:
     assert all(same_codes(a.table[name], b.table[name]) for name in a.table)
     assert all(a.table[name].scale.tobytes() == b.table[name].scale.tobytes() for name in a.table)
     assert not all(same_codes(a.table[name], c.table[name]) for name in a.table)
+
+
+def test_compiled_quantizers_learn_the_same(tmp_path: Path) -> None:
+    """Bit for bit where steps stay: their gradient is a sum in another order, everything else the same arithmetic."""
+    refused = compiled.refusal(torch.device("cpu"))
+    if refused is not None:
+        pytest.skip(f"torch cannot compile here: {refused}")
+    single, loops = (run(tmp_path, activation_lr=0.0, compile=choice) for choice in ("off", "on"))
+    assert all(same_codes(single.table[name], loops.table[name]) for name in single.table)
+    assert [r.loss_after for r in single.results] == [r.loss_after for r in loops.results]
+    learned = run(tmp_path, compile="on")
+    # Later units read what the first one makes of its own: 60 iterations amplify that.
+    assert learned.results[0].loss_after == pytest.approx(run(tmp_path).results[0].loss_after, rel=0.02)
+    assert any(learned.table[name].scale != single.table[name].scale for name in learned.placement.activations)
+
+
+def test_without_a_compiler_quantizers_are_single_operations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "refusal", lambda _: "no working C++ compiler found")
+    monkeypatch.setattr(compiled, "is_worth", lambda *_: True)
+    notes = run(tmp_path).notes
+    assert notes == ("quantizers ran as single operations, which takes longer: torch could not compile: no working C++ compiler found",)
+    with pytest.raises(UsageError, match=r"--compile on: torch could not compile: no working C\+\+ compiler found; install"):
+        run(tmp_path, compile="on")
+    assert run(tmp_path, compile="off").notes == ()
+
+
+def test_a_failing_compiler_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("\nno compiler\nmore of it")
+
+    monkeypatch.setattr(compiled, "_loop", lambda _: fails)
+    assert compiled.refusal.__wrapped__(torch.device("cpu")) == "no compiler"
+
+
+def test_what_compiling_pays_for() -> None:
+    assert compiled.is_worth(1000, 32 * 500_000)
+    assert not compiled.is_worth(60, 32 * 500_000)
 
 
 def test_a_reconstruction_that_fails_keeps_the_calibrated_unit(tmp_path: Path) -> None:

@@ -89,6 +89,13 @@ class Config:
     batch_size: int = option(32, "Samples per iteration.", "method", low=1)
     seed: int = option(0, "Seed of every random choice.", "method", low=0)
     device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
+    compile: str = option(
+        "auto",
+        "Compile the arithmetic of quantizers that learn, with torch's compiler; auto: on a CPU with a C++ compiler, where it saves more "
+        "time than it takes.",
+        "method",
+        choices=("auto", "on", "off"),
+    )
     memory_budget: str | None = option(
         None,
         "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder. On CUDA they are on the "

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import compiled
+from .compiled import Limits
 from .processes import ALONE, Processes
 from .quant_table import FLOAT8_MAX, FLOAT8_UNIT, QuantSpec, TensorQuant
 
@@ -40,52 +42,85 @@ class LearnedStep(torch.autograd.Function):
     """Fake quantization with a learnable step size (LSQ) and a fixed zero point, dropped element-wise (QDrop, Eq. 6).
 
     Gradients: straight through for x inside the range, zero outside; for the step s, round(x/s) - x/s inside and the saturated code minus
-    the zero point outside. Where an element is dropped (its quantization left out), x passes unchanged.
+    the zero point outside. Where an element is dropped (its quantization left out), x passes unchanged. A Relu or Clip before the quantizer
+    is part of it: dropped or not, x is held between its bounds, and has no gradient beyond them.
     """
 
     # Between inside and outside, kept and dropped, nothing is selected: on CPUs `where` and boolean masks are not vectorised and cost ten
     # times a multiplication. What remains is bound by memory; a tile at a time, only the first read and the last write leave the cache.
+    # torch's compiler makes one loop of all of it, where it can be had (compiled.py).
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, low: int, high: int, coins: "Coins | None") -> torch.Tensor:
-        """`low`, `high`: code range minus the zero point; `coins`: heads where x is quantized, None for everywhere. x: any dense layout."""
+    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: "Coins | None", is_compiled: bool) -> torch.Tensor:
+        """`coins`: heads where x is quantized, None for everywhere. x: any dense layout."""
         x = dense(x)
-        out = torch.empty_like(x)
-        tiles = Tiles(x)
-        keep = tiles.buffer()
         coins = coins.over(x) if coins is not None else None
-        for origin, made in tiles.of(x, out):
-            torch.div(origin, step, out=made).clamp_(low, high).round_().mul_(step)
-            if coins is not None:
-                torch.lerp(origin, made, coins.toss(keep[: len(made)]), out=made)
+        if is_compiled:
+            fallen = coins.fallen(x.numel()) if coins is not None else None
+            out = like(x, compiled.quantized(flat(x), step, limits, fallen))
+        else:
+            out = _quantized(x, step, limits, coins)
         ctx.save_for_backward(x, out, step)
-        ctx.range = low, high
-        ctx.dropped = coins is not None
+        ctx.limits, ctx.is_dropped, ctx.is_compiled = limits, coins is not None, is_compiled
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         x, out, step = ctx.saved_tensors
-        below, above = (float(np.nextafter(np.float32(end), side)) for end, side in zip(ctx.range, (-np.inf, np.inf), strict=True))
         grad = grad_outputs[0]
         if grad.stride() != x.stride():
             grad = torch.empty_like(x).copy_(grad)
         learns_step = ctx.needs_input_grad[1]
-        grad_x, total = torch.empty_like(x), torch.zeros((), device=x.device)
-        tiles = Tiles(x)
-        scaled, moved = tiles.buffer(), tiles.buffer()
-        for origin, made, given, passed in tiles.of(x, out, grad, grad_x):
-            error = torch.sub(made, origin, out=moved[: len(made)])  # 0 where dropped, s * (round(x/s) - x/s) where kept inside
-            if learns_step:
-                total += torch.dot(error, given)
-            codes = torch.div(origin, step, out=scaled[: len(made)])
-            torch.ops.aten.hardtanh_backward.grad_input(given, codes, below, above, grad_input=passed)  # zero outside
-            if ctx.dropped:
-                torch.lerp(passed, given, error.eq_(0.0), out=passed)  # but not where dropped
-            if learns_step:
-                blocked = torch.sub(given, passed, out=error)
-                total += torch.dot(blocked, origin)  # with the error: s * code where kept outside
-        return grad_x, total / step if learns_step else None, None, None, None
+        if ctx.is_compiled:
+            grad_x, grad_step = compiled.gradients(flat(x), flat(out), step, flat(grad), ctx.limits)
+            return like(x, grad_x), grad_step if learns_step else None, None, None, None
+        grad_x, grad_step = _gradients(x, out, step, grad, ctx.limits, ctx.is_dropped, learns_step)
+        return grad_x, grad_step, None, None, None
+
+
+def _quantized(x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: "Coins | None") -> torch.Tensor:
+    out = torch.empty_like(x)
+    tiles = Tiles(x)
+    keep, held = tiles.buffer(), tiles.buffer()
+    for origin, made in tiles.of(x, out):
+        bounded = _bounded(origin, limits, held)
+        torch.div(bounded, step, out=made).clamp_(limits.low, limits.high).round_().mul_(step)
+        if coins is not None:
+            torch.lerp(bounded, made, coins.toss(keep[: len(made)]), out=made)
+    return out
+
+
+def _gradients(
+    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, limits: Limits, is_dropped: bool, learns_step: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    below, above = (float(np.nextafter(np.float32(end), side)) for end, side in zip(limits[:2], (-np.inf, np.inf), strict=True))
+    grad_x, total = torch.empty_like(x), torch.zeros((), device=x.device)
+    tiles = Tiles(x)
+    scaled, moved, held = tiles.buffer(), tiles.buffer(), tiles.buffer()
+    for origin, made, given, passed in tiles.of(x, out, grad, grad_x):
+        bounded = _bounded(origin, limits, held)
+        error = torch.sub(made, bounded, out=moved[: len(made)])  # 0 where dropped, s * (round(x/s) - x/s) where kept inside
+        if learns_step:
+            total += torch.dot(error, given)
+        codes = torch.div(bounded, step, out=scaled[: len(made)])
+        _between(given, codes, below, above, passed)
+        if is_dropped:
+            torch.lerp(passed, given, error.eq_(0.0), out=passed)  # but not where dropped
+        if learns_step:
+            blocked = torch.sub(given, passed, out=error)
+            total += torch.dot(blocked, bounded)  # with the error: s * code where kept outside
+        if limits.are_bounded:
+            _between(passed, origin, limits.least, limits.most, passed)
+    return grad_x, total / step if learns_step else None
+
+
+def _bounded(x: torch.Tensor, limits: Limits, into: torch.Tensor) -> torch.Tensor:
+    return torch.clamp(x, limits.least, limits.most, out=into[: len(x)]) if limits.are_bounded else x
+
+
+def _between(grad: torch.Tensor, x: torch.Tensor, low: float, high: float, into: torch.Tensor) -> None:
+    """The gradient where low < x < high, zero elsewhere."""
+    torch.ops.aten.hardtanh_backward.grad_input(grad, x, low, high, grad_input=into)
 
 
 class Coins:
@@ -110,14 +145,14 @@ class Coins:
         if self._processes.count == 1:
             return self
         size = x.numel() * self._processes.count
-        return _Tossed(self._fallen(size)[self._processes.share(size)])
+        return _Tossed(self.fallen(size)[self._processes.share(size)])
 
     def toss(self, into: torch.Tensor) -> torch.Tensor:
         """Fill a dense float tensor with 1 for heads and 0 for tails, independently for each element; return it."""
-        flat(into).copy_(self._fallen(into.numel()))
+        flat(into).copy_(self.fallen(into.numel()))
         return into
 
-    def _fallen(self, size: int) -> torch.Tensor:
+    def fallen(self, size: int) -> torch.Tensor:
         """Coins as bytes, 1 for heads, 0 for tails. Those of stretches of 64 each are those of the whole."""
         words = torch.empty(((size + 63) // 64, max(len(self._digits), 1)), dtype=torch.int64, device=self._generator.device)
         words.random_(-(2**63), None, generator=self._generator)
@@ -134,10 +169,9 @@ class _Tossed(Coins):
     def __init__(self, fallen: torch.Tensor) -> None:
         self._rest = fallen
 
-    def toss(self, into: torch.Tensor) -> torch.Tensor:
-        own, self._rest = self._rest[: into.numel()], self._rest[into.numel() :]
-        flat(into).copy_(own)
-        return into
+    def fallen(self, size: int) -> torch.Tensor:
+        own, self._rest = self._rest[:size], self._rest[size:]
+        return own
 
 
 class Tiles:
@@ -158,6 +192,11 @@ class Tiles:
 def flat(tensor: torch.Tensor) -> torch.Tensor:
     """A dense tensor's elements in the order of memory, as a view."""
     return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def like(tensor: torch.Tensor, elements: torch.Tensor) -> torch.Tensor:
+    """Elements in the order of memory as a tensor of another dense one's shape and layout."""
+    return elements.as_strided(tensor.shape, tensor.stride())
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

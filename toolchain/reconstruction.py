@@ -44,14 +44,14 @@ def _learn(unit: Unit, before: QuantTable) -> Learned:
     groups = [{"params": parameters, "lr": rate, "first": rate} for parameters, rate in moving if parameters]
     annealed = torch.optim.Adam(groups, fused=True) if groups else None
     coins = Coins(settings.keep_probability, draw.generator, draw.processes) if settings.keep_probability < 1.0 else None
-    quantize = steps.quantizing(coins)
+    run = steps.running(piece, coins, unit.is_compiled)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
         soft, moved, batches = rounding.soft_weights(), biases.tensors(), draw.selections()
         loss = torch.zeros((), device=device)
         for selection in batches:
             fed, targets = draw.batch(selection, coins)
-            part = loss_of(piece(fed | constants | soft | moved, quantize), targets, draw.shares) / draw.parts(selection, batches)
+            part = loss_of(run(fed | constants | soft | moved), targets, draw.shares) / draw.parts(selection, batches)
             if part.requires_grad:
                 part.backward(retain_graph=selection is not batches[-1])  # the batches share the biases
             loss += part.detach()

@@ -1,15 +1,17 @@
 """The learned step sizes of a unit: of its activations (LSQ), and of its weights beside their rounding (GENIE-M)."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from .activations import Observer
+from .compiled import Limits
 from .fake_quant import Coins, LearnedStep
 from .quant_table import QuantTable, TensorQuant
+from .torch_import import TorchBlock
 
 _HEAD, _TAIL = 12, 12  # bits of a learned step: what was learned of it, and what follows; together those of a float32
 _HASH = 2654435761  # Knuth's multiplier: 2^32 over the golden ratio
@@ -31,17 +33,24 @@ class LearnedSteps:
         """What an optimiser moves."""
         return [factor for factor in self._factors.values() if factor.requires_grad]
 
-    def quantizing(self, coins: Coins | None) -> Observer:
-        """An observer that fake-quantizes values under the present steps; `coins`: where elements are quantized, None for everywhere."""
+    def running(self, piece: TorchBlock, coins: Coins | None, is_compiled: bool) -> Callable[[Mapping[str, Any]], dict[str, torch.Tensor]]:
+        """A piece that fake-quantizes values under the present steps, its Relu and Clip before these with them.
+
+        Args:
+            piece: what makes the values.
+            coins: where elements are quantized, None for everywhere.
+            is_compiled: whether quantizers are compiled loops.
+        """
+        bounds = {name: ends for name, ends in piece.bounds.items() if name in self._factors}
+        limits = {name: Limits(*_codes_of(grid), *bounds.get(name, ())) for name, grid in self._grids.items()}
 
         def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
             if name not in self._factors:
                 return x
-            spec, zero_point = self._grids[name].spec, int(self._grids[name].zero_point)
             step = self._calibrated[name] * self._factors[name]
-            return LearnedStep.apply(x, step, spec.qmin - zero_point, spec.qmax - zero_point, coins)  # pyright: ignore[reportReturnType]
+            return LearnedStep.apply(x, step, limits[name], coins, is_compiled)  # pyright: ignore[reportReturnType]
 
-        return quantize
+        return lambda values: piece(values, quantize, bounds.keys())
 
     @torch.no_grad()
     def keep_above(self, least: float) -> None:
@@ -56,6 +65,11 @@ class LearnedSteps:
             for name, factor in self._factors.items()
             if factor.requires_grad
         }
+
+
+def _codes_of(grid: TensorQuant) -> tuple[int, int]:
+    """The first and the last code of a grid per tensor, less its zero point."""
+    return grid.spec.qmin - int(grid.zero_point), grid.spec.qmax - int(grid.zero_point)
 
 
 class LearnedWeightSteps:

@@ -89,6 +89,7 @@ class Unit:
         progress: called now and then.
         processes: those that share the mini-batches.
         splits: parts of a mini-batch that are learned from one after the other.
+        is_compiled: whether the quantizers that learn are compiled loops.
     """
 
     piece: TorchBlock
@@ -107,6 +108,7 @@ class Unit:
     progress: Progress
     processes: Processes = ALONE
     splits: int = 1
+    is_compiled: bool = False
 
     def aiming_at(self, outputs: Iterable[str]) -> "Unit":
         """The unit with some of its targets."""

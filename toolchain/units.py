@@ -1,6 +1,7 @@
 """The units of a plan, reconstructed one after another on the two streams of activations."""
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from types import MappingProxyType
@@ -9,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import compiled
 from .activations import Parts, Piece, TorchModel, Value
 from .baselines.adaquant import adaquant_unit
 from .baselines.bit_split import split_unit
 from .config import Config
+from .errors import UsageError
 from .grids import biases_of, retied, with_biases
 from .partition import Block
 from .placement import Placement
@@ -47,6 +50,7 @@ def reconstruct(
     floats, quantized = units.stream(samples.inputs), units.stream(samples.inputs, table)
     total, learnt = len(_learning(units.pieces, table)), set[str]()
     saved = processes.first(_finished(run, total))
+    is_compiled = len(saved) < total and compiles(units, table, config)
     results: list[UnitResult] = []
     for position, piece in enumerate(units.pieces):
         if len(results) == total:
@@ -82,6 +86,7 @@ def reconstruct(
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),
                 processes=processes,
+                is_compiled=is_compiled,
             )
             result, outputs = _learned(unit, learner(config))
             table = table.updated(result.changes)
@@ -109,6 +114,30 @@ def _learned(unit: Unit, learn: Learner) -> tuple[UnitResult, dict[str, Value]]:
         unit = replace(unit, splits=splits)
         name = unit.piece.block.name
         unit.passes.room.note(f"unit {name}: a mini-batch did not fit the device's memory: it was learned from in {splits} parts")
+
+
+def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
+    """Whether the quantizers are compiled, as `config.compile` says; where it leaves that open, whether it pays and can be done.
+
+    Raises:
+        UsageError: it was asked for, and cannot be done.
+    """
+    if config.compile == "off":
+        return False
+    values = {name for piece in _learning(units.pieces, table) for node in piece.block.nodes for name in node.outputs if name in table}
+    elements = sum(math.prod(units.types.shapes[name]) for name in values if name in units.types.shapes)
+    settings = config.settings(has_depthwise=False)
+    if config.compile == "auto" and not (
+        units.device.type == "cpu" and compiled.is_worth(settings.iterations, settings.batch_size * elements)
+    ):
+        return False
+    refused = compiled.refusal(units.device)
+    if refused is None:
+        return True
+    if config.compile == "on":
+        raise UsageError(f"--compile on: torch could not compile: {refused}; install a C++ compiler (g++), or use --compile off")
+    units.room.note(f"quantizers ran as single operations, which takes longer: torch could not compile: {refused}")
+    return False
 
 
 def learner(config: Config) -> Learner:

@@ -53,8 +53,8 @@ def peer(python: Path, script: str, folder: Path, batch: int, iterations: int) -
 
 def ours(design: step.Design, folder: Path, batch: int, iterations: int) -> float:
     """Processor seconds of this project's learning loop."""
-    step.ours(step.setting(design, folder, batch, 2))()  # warms up, as a peer's process does in either of its runs
-    run = step.ours(step.setting(design, folder, batch, iterations))
+    step.ours(step.setting(design, folder, batch, 2), True)()  # warms up, as a peer's process does in either of its runs
+    run = step.ours(step.setting(design, folder, batch, iterations), True)
     start = time.process_time()
     run()
     return time.process_time() - start

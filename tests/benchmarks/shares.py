@@ -32,7 +32,7 @@ def timed(rank: int, count: int, port: int, block: str, batch: int, iterations: 
     with tempfile.TemporaryDirectory() as folder:
         s = step.setting(step.DESIGNS[block], Path(folder), batch, iterations)
     processes = Processes(rank, count)
-    run = step.ours(dataclasses.replace(s, unit=dataclasses.replace(s.unit, processes=processes)))
+    run = step.ours(dataclasses.replace(s, unit=dataclasses.replace(s.unit, processes=processes)), True)
     times = []
     with processes.joined(torch.device("cpu")):
         for _ in range(rounds + 1):

@@ -3,7 +3,8 @@
 usage: python -m tests.benchmarks.step --out RESULTS.json [--blocks basic,bottleneck,...] [--batch 32] [--iterations 20] [--rounds 7]
 
 - floor: forward and backward of the float block on one fixed batch, with gradients of its weights; same layout, nothing else.
-- ours: `reconstruction.reconstruct_unit`'s learning loop, QDrop, everything in it.
+- ours: `reconstruction.reconstruct_unit`'s learning loop, QDrop, everything in it, quantizers compiled.
+- single: the same with quantizers as single operations, as where there is no C++ compiler.
 - plain: the loop as the papers' codes write it (modules, autograd through the soft rounding and the LSQ quantizer, `torch.where` on
   `torch.rand`, a regulariser over the layers, contiguous layout), as `PlainBlock` below.
 
@@ -18,7 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -144,9 +145,10 @@ def floor(s: Setting) -> Callable[[], None]:
     return run
 
 
-def ours(s: Setting) -> Callable[[], None]:
+def ours(s: Setting, is_compiled: bool) -> Callable[[], None]:
     """This project's learning loop."""
-    return lambda: _ignore(reconstruction._learn(s.unit, s.unit.table))
+    unit = replace(s.unit, is_compiled=is_compiled)
+    return lambda: _ignore(reconstruction._learn(unit, unit.table))
 
 
 def _ignore(*_: object) -> None:
@@ -283,11 +285,12 @@ def measured(contenders: dict[str, Callable[[], None]], rounds: int, iterations:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| block | batch | floor ms | ours ms | plain ms | ours / floor | plain / ours | plain / floor |", "|" + "---|" * 8]
+    heads = "block", "batch", "floor ms", "ours ms", "plain ms", "ours / floor", "single / floor", "plain / ours", "plain / floor"
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         ms = row["milliseconds"]
         figures = [f"{ms[name]:.1f}" for name in ("floor", "ours", "plain")]
-        figures += [f"{row[ratio]:.2f}" for ratio in ("over_floor", "speedup", "plain_over_floor")]
+        figures += [f"{row[ratio]:.2f}" for ratio in ("over_floor", "single_over_floor", "speedup", "plain_over_floor")]
         lines.append(f"| {row['block']} | {row['batch']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
@@ -317,7 +320,7 @@ def main() -> None:
         design = DESIGNS[name]
         with tempfile.TemporaryDirectory() as folder:
             s = setting(design, Path(folder), args.batch, args.iterations)
-            contenders = {"floor": floor(s), "ours": ours(s), "plain": plain(design, s)}
+            contenders = {"floor": floor(s), "ours": ours(s, True), "single": ours(s, False), "plain": plain(design, s)}
             times = measured(contenders, args.rounds, args.iterations)
         ms = {key: statistics.median(values) for key, values in times.items()}
         row = {
@@ -326,6 +329,7 @@ def main() -> None:
             "threads": 1,
             "milliseconds": {key: round(value, 3) for key, value in ms.items()},
             "over_floor": round(statistics.median(a / b for a, b in zip(times["ours"], times["floor"], strict=True)), 3),
+            "single_over_floor": round(statistics.median(a / b for a, b in zip(times["single"], times["floor"], strict=True)), 3),
             "plain_over_floor": round(statistics.median(a / b for a, b in zip(times["plain"], times["floor"], strict=True)), 3),
             "speedup": round(statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True)), 3),
         }

@@ -77,7 +77,7 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
     ]
     optimizer = torch.optim.Adam(groups, fused=True)
 
-    observe = steps.quantizing(None)
+    run = steps.running(unit.piece, None, unit.is_compiled)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
         anneal(optimizer, iteration, settings.iterations)
@@ -88,7 +88,7 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
             own = {layer.weight: torch.minimum(torch.maximum(rounded, low), high) * (scale * stretch)}  # pyright: ignore[reportArgumentType]
             if layer.bias is not None:
                 own[layer.bias] = constants[layer.bias] + shift * spread
-            part = loss_of(unit.piece(fed | constants | own, observe), targets, draw.shares) / draw.parts(selection, batches)
+            part = loss_of(run(fed | constants | own), targets, draw.shares) / draw.parts(selection, batches)
             part.backward()
             loss += part.detach()
         optimizer.step()

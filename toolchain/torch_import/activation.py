@@ -1,5 +1,6 @@
 """Activation functions, each with ONNX's defaults."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,6 @@ from .arithmetic import clamp
 from .operator import Converter, NodeView, Operator, plain
 
 _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "Relu": torch.relu,
     "Sigmoid": torch.sigmoid,
     "Tanh": torch.tanh,
     "Softplus": F.softplus,
@@ -17,6 +17,10 @@ _PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "HardSwish": F.hardswish,
     "Mish": F.mish,
 }
+
+
+def _relu(view: NodeView) -> Operator:
+    return Operator(torch.relu, view.inputs, bounds=(0.0, math.inf))
 
 
 def _leaky_relu(view: NodeView) -> Operator:
@@ -97,6 +101,7 @@ def _hardmax(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 CONVERTERS: dict[str, Converter] = {
     **plain(_PLAIN),
+    "Relu": _relu,
     "LeakyRelu": _leaky_relu,
     "PRelu": _prelu,
     "Elu": _elu,

@@ -85,7 +85,8 @@ def clip(view: NodeView) -> Operator:
         low, high = (bound.reshape(-1)[0].item() if bound is not None else None for bound in bounds)
     if low is None and high is None:
         return Operator(lambda x: x, view.inputs[:1])
-    return Operator(lambda x: clamp(x, low, high), view.inputs[:1])
+    bounds = (-math.inf if low is None else low, math.inf if high is None else high)
+    return Operator(lambda x: clamp(x, low, high), view.inputs[:1], bounds=bounds if bounds[0] < bounds[1] else None)
 
 
 def clamp(x: torch.Tensor, low: float | None, high: float | None) -> torch.Tensor:

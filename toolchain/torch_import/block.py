@@ -23,7 +23,10 @@ Observer = Callable[[str, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class _Step:
-    """One node. `moves` are the positions of host values among its inputs that a device operator computes with."""
+    """One node. `moves` are the positions of host values among its inputs that a device operator computes with.
+
+    `bounds` are those of a node that only holds floats between two numbers.
+    """
 
     node: str
     call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
@@ -31,6 +34,7 @@ class _Step:
     outputs: tuple[str, ...]
     frees: tuple[str, ...]
     moves: tuple[int, ...] = ()
+    bounds: tuple[float, float] | None = None
 
 
 class TorchBlock(torch.nn.Module):
@@ -58,12 +62,20 @@ class TorchBlock(torch.nn.Module):
         for index, tensor in enumerate(constants.values()):
             self.register_buffer(f"constant_{index}", tensor)
 
-    def forward(self, values: Mapping[str, torch.Tensor], observe: Observer | None = None) -> dict[str, torch.Tensor]:
+    @property
+    def bounds(self) -> dict[str, tuple[float, float]]:
+        """The values that are another one held between two numbers (Relu, Clip), by name."""
+        return {step.outputs[0]: step.bounds for step in self._steps if step.bounds is not None}
+
+    def forward(
+        self, values: Mapping[str, torch.Tensor], observe: Observer | None = None, unbounded: AbstractSet[str] = frozenset()
+    ) -> dict[str, torch.Tensor]:
         """Compute the block's outputs.
 
         Args:
             values: the block's inputs and weights by name.
             observe: called with the name and tensor of every value the nodes make; what it returns takes the tensor's place.
+            unbounded: names of `bounds` that `observe` is handed without them, and applies them itself.
         """
         device = next((tensor.device for tensor in values.values()), torch.device("cpu"))
         alive = {name: self.get_buffer(f"constant_{index}") for index, name in enumerate(self._constant_names)}
@@ -72,7 +84,8 @@ class TorchBlock(torch.nn.Module):
             arguments = [alive[name] if name else None for name in step.inputs]
             for index in step.moves:
                 arguments[index] = alive[step.inputs[index]].to(device)
-            made = step.call(*arguments)
+            is_left = step.bounds is not None and step.outputs[0] in unbounded
+            made = alive[step.inputs[0]] if is_left else step.call(*arguments)
             for name, tensor in zip(step.outputs, made if isinstance(made, (tuple, list)) else (made,), strict=False):
                 if name:
                     alive[name] = tensor if observe is None else observe(name, tensor)
@@ -109,7 +122,7 @@ def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchB
             operator, moves = _on_host(operator, source.constants), ()
         else:
             moves = tuple(i for i, name in enumerate(operator.inputs) if name in host and i not in operator.host)
-        steps.append(_Step(node.name, operator.call, operator.inputs, node.outputs, frees, moves))
+        steps.append(_Step(node.name, operator.call, operator.inputs, node.outputs, frees, moves, operator.bounds))
     read = dict.fromkeys(name for step in steps for name in step.inputs if name in source.constants and name not in weights)
     constants = {name: torch.from_numpy(np.array(source.constants[name])) for name in read}
     return TorchBlock(block, tuple(steps), weights, constants, host & set(block.outputs)).eval()

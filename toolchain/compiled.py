@@ -1,0 +1,95 @@
+"""The arithmetic of learned quantizers as loops that torch's compiler makes: one pass over memory where single operations take eight.
+
+The elements are those of the single operations, bit for bit; the gradient of a step is their sum in another order. On CPUs this takes a C++
+compiler, which torch calls as `CXX` or `g++`; what was compiled is kept in torch's own cache between runs.
+"""
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+_SAVED = 1.5e-9  # seconds a quantized element and step, forward and backward, on a thread of a CPU of 2023
+_COST = 20.0  # seconds: what compiling takes the first time on a busy machine (measured: 2 to 15)
+
+
+class Limits(NamedTuple):
+    """What a learned quantizer stays within: its codes less the zero point, and the values that a Relu or Clip before it lets through."""
+
+    low: float
+    high: float
+    least: float = -math.inf
+    most: float = math.inf
+
+    @property
+    def are_bounded(self) -> bool:
+        return self.least > -math.inf or self.most < math.inf
+
+
+def is_worth(steps: int, elements: int) -> bool:
+    """Whether compiling saves more time than it takes: so many steps, each of them quantizing so many elements, on a CPU."""
+    return steps * elements * _SAVED > _COST
+
+
+@functools.cache
+def refusal(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device; None where it can be."""
+    try:
+        x = torch.ones(64, device=device)
+        _loop(_dropped)(x, x[0], torch.ones(4, device=device), x.to(torch.uint8))
+    except Exception as error:  # whatever the compiler, the linker and their folders have to say
+        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return None
+
+
+def quantized(x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: torch.Tensor | None) -> torch.Tensor:
+    """Elements [n] on the grid of a step where coins [n] (bytes) are 1, held between the bounds alone where they are 0."""
+    ends = _ends(limits, x.device)
+    x, step = x.detach(), step.detach()
+    return _loop(_kept)(x, step, ends) if coins is None else _loop(_dropped)(x, step, ends, coins)
+
+
+def gradients(
+    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, limits: Limits
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of the elements [n] and of the step, from what was made of the elements and its gradient."""
+    return _loop(_backward)(x.detach(), out.detach(), step.detach(), grad, _ends(limits, x.device))
+
+
+@functools.cache
+def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no CUDA, asked or not
+    # In this process: a pool of compilers takes longer to start than these few loops take.
+    return torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1})
+
+
+@functools.cache
+def _ends(limits: Limits, device: torch.device) -> torch.Tensor:
+    return torch.tensor(limits, device=device)
+
+
+def _bounded(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return torch.clamp(x, ends[2], ends[3])
+
+
+def _kept(x: torch.Tensor, step: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return torch.clamp(_bounded(x, ends) / step, ends[0], ends[1]).round() * step
+
+
+def _dropped(x: torch.Tensor, step: torch.Tensor, ends: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
+    # Bytes compared as such would keep the whole loop from being vectorised.
+    return torch.where(coins.float() > 0.5, _kept(x, step, ends), _bounded(x, ends))
+
+
+def _backward(
+    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bounded = _bounded(x, ends)
+    error, codes = out - bounded, bounded / step
+    is_saturated = ((codes < ends[0]) | (codes > ends[1])) & (error != 0.0)  # no error: dropped
+    blocked = torch.where(is_saturated, grad, 0.0)
+    passed = torch.where((x > ends[2]) & (x < ends[3]), grad - blocked, 0.0)
+    return passed, (error * grad + blocked * bounded).sum() / step
