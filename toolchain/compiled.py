@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 _SAVED = 1.5e-9  # seconds a quantized element and step, forward and backward, on a thread of a CPU of 2023
-_COST = 20.0  # seconds: what compiling takes the first time on a busy machine (measured: 2 to 15)
+_COST = 8.0  # seconds: what compiling takes, as a rule less (measured: 2 where torch has its cache, up to 15 on a busy machine)
 
 
 class Limits(NamedTuple):
