@@ -12,7 +12,7 @@ from toolchain.errors import UsageError
 from toolchain.float_reasons import UNSOUND
 from toolchain.flow import edges
 from toolchain.placement import Placement, place
-from toolchain.scheme import ORT_CPU, Precision
+from toolchain.scheme import ORT_CPU, TARGETS, Precision
 from toolchain.selection import match_nodes
 from toolchain.source import SourceModel, infer_types
 
@@ -143,6 +143,19 @@ def test_products_of_two_activations_are_quantized(tmp_path: Path) -> None:
     y = b.op("MatMul", scores, "x")
     _, found = placed(b.model(b.op("MatMul", y, b.weight("wo", (6, 6), 6))), tmp_path)
     assert {q, k, scores, y} <= set(found.activations)
+
+
+@pytest.mark.parametrize(("target", "span"), [("ort-cpu", None), ("openvino", None), ("qnn", (0.0, 1.0))])
+def test_a_softmax_has_its_known_range_only_where_the_target_asks_for_it(
+    target: str, span: tuple[float, float] | None, tmp_path: Path
+) -> None:
+    """Attention that spreads over 512 tokens has probabilities near 1/512: half a step of the range 0 to 1."""
+    b = zoo.Builder({"x": ["N", 4, 6]})
+    scores, gate = b.op("Softmax", b.op("MatMul", "x", b.weight("w", (6, 4), 6))), b.op("Sigmoid", "x")
+    source = zoo.loaded(b.model(b.op("MatMul", scores, gate)), tmp_path)
+    found = place(source, infer_types(source, {"x": (4, 6)}), TARGETS[target], Precision(), frozenset())
+    assert found.activations[scores].span == span
+    assert found.activations[gate].span == (0.0, 1.0)
 
 
 def test_padding_with_another_value_than_zero_is_no_data_movement(tmp_path: Path) -> None:

@@ -254,11 +254,11 @@ def _asked_bits(ground: _Ground, readers: Sequence[Node]) -> int | None:
 
 
 def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float] | None:
-    """The range of a Sigmoid or Softmax, which no sample has to tell; a signed grid would waste half of it."""
+    """The range of a Sigmoid, which no sample has to tell; a signed grid would waste half of it."""
     node = graph.producer.get(value)
-    if node is None or not node.is_standard or scheme.activation_symmetric:
+    if node is None or not node.is_standard or scheme.activation_symmetric or node.op_type not in scheme.known_ranges:
         return None
-    return KNOWN_RANGES.get(node.op_type)
+    return KNOWN_RANGES[node.op_type]
 
 
 def _share_concatenated(flow: Flow, integer: AbstractSet[str], activations: dict[str, QuantSpec], tied: dict[str, str]) -> dict[str, str]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 FLOAT_BITS = 32  # "bits" of activations that are not quantized
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _BIASES = {"int32": "int32", "steps": "float, in int32 steps,", "float": "float"}
-# Results whose range is known before any sample: (lowest, highest) with highest just off the grid, so that the scale is a power of two.
+# Results whose range is known before any sample: (lowest, highest) with highest just off the grid, so that the scale is a power of two. A
+# Softmax over many classes fills little of its range, so that only targets which ask for it fix it (`Scheme.known_ranges`).
 KNOWN_RANGES: Mapping[str, tuple[float, float]] = {
     "Sigmoid": (0.0, 1.0),
     "HardSigmoid": (0.0, 1.0),
@@ -27,6 +28,7 @@ class Scheme:
         per_channel: operators whose weights have a scale for each output channel; the others have one for the tensor.
         elementwise: operators besides the weighted ones that run on integers where a quantized operator reads them.
         shortcut_only: of an Add's two inputs, one that comes straight from a convolution stays float, so that the runtime adds inside it.
+        known_ranges: operators whose results have the range that is known without samples (`KNOWN_RANGES`).
         results: which results are quantized even though nothing on integers reads them: those of `convolutions`, `all`, or `none`.
         shared_concat: all inputs of a Concat and its output have one grid.
         bias: `int32` codes of scale s_x * s_w; `steps`, floats that are whole steps of it, so that a runtime which rounds them to int32
@@ -47,6 +49,7 @@ class Scheme:
     per_channel: frozenset[str] = WEIGHTED
     elementwise: frozenset[str] = frozenset()
     shortcut_only: bool = False
+    known_ranges: frozenset[str] = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
     results: str = "none"
     shared_concat: bool = False
     bias: str = "steps"
@@ -91,7 +94,7 @@ class Scheme:
             for name in names
             if getattr(self, name) != getattr(other, name)
         ]
-        for name in ("per_channel", "elementwise"):
+        for name in ("per_channel", "elementwise", "known_ranges"):
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
                 found.append(f"{name.replace('_', ' ')}: {_changes(own, theirs)}")
@@ -157,6 +160,7 @@ TARGETS: Mapping[str, Scheme] = {
             "ranges and Concat on one grid; weights are around zero, per channel for convolutions only; biases are int32.",
             per_channel=frozenset({"Conv", "ConvTranspose"}),
             elementwise=_QLINEAR,
+            known_ranges=frozenset(KNOWN_RANGES),
             results="all",
             shared_concat=True,
             bias="int32",
