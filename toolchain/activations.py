@@ -133,7 +133,7 @@ class TorchModel:
 
     def stream(self, inputs: Mapping[str, np.ndarray], table: QuantTable | None = None) -> "ActivationCache":
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
-        axes = {spec.name: spec.axis for spec in self.source.inputs}
+        axes = self.source.axes
         size = 1 if runtime.differing(inputs, axes) else self.size
         passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room, self.float_type, self.device)
         observe = quantizing(table) if table is not None else None

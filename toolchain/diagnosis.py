@@ -110,7 +110,8 @@ def diagnose(
     floats = runtime.run_exposed(source.model, samples.inputs, [v for v in dict.fromkeys([*observed, *quantizers]) if v in known])
     observed = [value for value in observed if value in floats and floats[value].dtype.kind == "f"]
     running = _exposed(quantized, samples.inputs, observed)
-    cut = _exposed(_cut(quantized, quantizers, floats), {**samples.inputs, **{name + _FED: floats[name] for name in quantizers}}, observed)
+    given = {name: _samples_first(source, floats[name], samples.count) for name in quantizers}
+    cut = _exposed(_cut(source, quantized, quantizers, given), {**samples.inputs, **{name + _FED: given[name] for name in given}}, observed)
     added = {value: sqnr(floats[value], cut[value]) for value in observed}
     total = {value: sqnr(floats[value], running[value]) for value in observed}
     layers = _layers(source, quantized, quantizers, floats, added, total)
@@ -184,7 +185,14 @@ def _exposed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Seq
     return found | {name: feeds[name] for name in names if name not in made and name in feeds}
 
 
-def _cut(quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], floats: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+def _samples_first(source: SourceModel, values: np.ndarray, count: int) -> np.ndarray:
+    """A value of one run over all samples, to be fed; where samples are not along the first axis, it is one for all of them."""
+    return values if source.has_samples_first else np.broadcast_to(values, (count, *values.shape))
+
+
+def _cut(
+    source: SourceModel, quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], given: Mapping[str, np.ndarray]
+) -> onnx.ModelProto:
     """The file with every quantizer reading the float model's value, fed as an input of its own."""
     changed = onnx.ModelProto()
     changed.CopyFrom(quantized)
@@ -192,18 +200,12 @@ def _cut(quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], f
         name = node.name.removesuffix("_QuantizeLinear")
         if node.op_type == "QuantizeLinear" and name in quantizers:
             node.input[0] = name + _FED
-    first = "N" if not any(_is_fixed(value) for value in quantized.graph.input) else None
-    for name in quantizers:
-        array = floats[name]
-        shape = [first, *array.shape[1:]] if first else list(array.shape)
+    counted = [] if runtime.takes_each(source.axes) or not source.has_samples_first else [source.batch or "N"]
+    for name, array in given.items():
+        shape = [*counted, *array.shape[1:]]
         changed.graph.input.append(helper.make_tensor_value_info(name + _FED, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
     del changed.graph.value_info[:]
     return changed
-
-
-def _is_fixed(value: onnx.ValueInfoProto) -> bool:
-    dims = value.type.tensor_type.shape.dim
-    return bool(dims) and dims[0].HasField("dim_value") and dims[0].dim_value > 0
 
 
 def _layers(
@@ -218,8 +220,7 @@ def _layers(
     graph = source.graph
     made = {value for node in quantized.graph.node for value in node.output}
     weights = [name for node in graph.weighted if (name := graph.weight(node)) is not None and name in made]
-    first = {name: array[:1] for name, array in _first_feeds(source, quantized).items()}
-    dequantized = _exposed(quantized, first, weights) if weights else {}
+    dequantized = _dequantized(source, quantized, weights)
     fitted = {name: _on_grid(quantized, node, floats[name]) for name, node in quantizers.items()}
     rows = []
     for node in graph.weighted:
@@ -238,13 +239,14 @@ def _layers(
     return sorted(layers, key=lambda layer: (layer.added, layer.node))
 
 
-def _first_feeds(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Zeros for a run that only looks at constants."""
+def _dequantized(source: SourceModel, quantized: onnx.ModelProto, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the codes of weights and biases stand for, from a run on zeros."""
+    if not names:
+        return {}
     feeds = {}
     for spec, value in zip(source.inputs, quantized.graph.input, strict=False):
-        shape = [axis if isinstance(axis, int) else 1 for axis in spec.shape]
-        feeds[value.name] = np.zeros(shape, spec.dtype)
-    return feeds
+        feeds[value.name] = np.zeros([axis if isinstance(axis, int) else 1 for axis in spec.shape], spec.dtype)
+    return runtime.execute(runtime.exposing(quantized, names, Optimization.NONE), feeds, names)
 
 
 def _measured_at(source: SourceModel, node: Node, added: Mapping[str, float]) -> str | None:
@@ -296,7 +298,7 @@ def _with_float_activations(source: SourceModel, quantized: onnx.ModelProto) -> 
     """The float model with the weights and biases of the file."""
     made = {value for node in quantized.graph.node for value in node.output}
     constants = [name for node in source.graph.weighted for name in node.inputs if name in source.constants and name in made]
-    values = _exposed(quantized, _first_feeds(source, quantized), list(dict.fromkeys(constants))) if constants else {}
+    values = _dequantized(source, quantized, list(dict.fromkeys(constants)))
     changed = onnx.ModelProto()
     changed.CopyFrom(source.model)
     for tensor in changed.graph.initializer:

@@ -31,7 +31,7 @@ def check_import(model: TorchModel, samples: Samples) -> tuple[float, dict[str, 
     Raises:
         UnsupportedModelError: ONNX Runtime fails on the samples.
     """
-    source, axes = model.source, {spec.name: spec.axis for spec in model.source.inputs}
+    source, axes = model.source, model.source.axes
     count = 1 if runtime.differing(samples.inputs, axes) else model.types.batch or _SAMPLES
     few = samples.taken(np.arange(count) % samples.count)
     proto = opened(source) if model.types.batch is None else source.model

@@ -92,9 +92,9 @@ def kernel_differences(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], 
     outputs = [output.name for output in model.graph.output]
     codes = _codes(model)
     whole = runtime.session(_with_outputs(model, [*outputs, *codes]), provider, Optimization.NONE)
-    axes = runtime.input_axes(model)
-    count = runtime.fixed_batch(whole) or (1 if runtime.differing(feeds, axes) else _SAMPLES)
-    some = {name: array[np.arange(count) % len(array)] if runtime.fixed_batch(whole) else array[:count] for name, array in feeds.items()}
+    axes, fixed = runtime.input_axes(model, feeds), runtime.fixed_batch(whole, feeds)
+    count = fixed or (1 if runtime.differing(feeds, axes) else _SAMPLES)
+    some = {name: array[np.arange(count) % len(array)] if fixed else array[:count] for name, array in feeds.items()}
     expected = runtime.execute(whole, runtime.batched(some, axes), [*outputs, *codes])
     return _compared(model, expected, codes, some, provider, Optimization.DEFAULT)
 
@@ -138,7 +138,7 @@ def _compared(
     unsteady = _unsteady(model, given.keys())
     expected = {name: runtime.as_array(value) for name, value in expected.items() if name not in unsteady}
     cut = runtime.session(_cut(model, given, list(expected)), provider, optimization, _REWRITES)
-    fed = {name + _FED: array for name, array in given.items()} | runtime.batched(feeds, runtime.input_axes(model))
+    fed = {name + _FED: array for name, array in given.items()} | runtime.batched(feeds, runtime.input_axes(model, feeds))
     names = {entry.name for entry in cut.get_inputs()}
     found = runtime.execute(cut, {name: array for name, array in fed.items() if name in names}, list(expected))
     fed_codes = set(codes)

@@ -1,6 +1,7 @@
 """ONNX Runtime: the only room that imports it. Sessions, batched runs, and its hardware-independent graph clean-up."""
 
 import ctypes
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -26,6 +27,8 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # In front of an fp8 QuantizeLinear, ONNX Runtime 1.31 fails on a Clip and drops a Relu, as if negative numbers could not pass it.
 _FLOAT8_BREAKS = frozenset({"ClipQuantRewrite", "ReluQuantRewrite"})
+# How axes that count samples are called; those of sequences and sets are called otherwise.
+_BATCH_NAME = re.compile(r"n|b|bs|bsz|samples|.*batch.*", re.IGNORECASE)
 # How ONNX Runtime spells element types: `float` is FLOAT, the others are as in ONNX.
 _ELEMENT_TYPES: Mapping[str, int] = {name.lower(): number for name, number in onnx.TensorProto.DataType.items()}
 
@@ -107,7 +110,8 @@ def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Se
     """Run a session over all samples in batches and return its outputs, joined along the first axis.
 
     A model whose batch axis is fixed is fed that many samples at a time; a last incomplete batch is filled up and the filling cut off.
-    Outputs whose shapes differ from batch to batch (detections) are joined as flat arrays.
+    Outputs whose shapes differ from batch to batch (detections) are joined as flat arrays. Those of a model without a sample axis are
+    stacked: [N, one output's shape].
 
     Args:
         opened: the session.
@@ -116,20 +120,23 @@ def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Se
     """
     names = list(names) if names is not None else [output.name for output in opened.get_outputs()]
     found: list[list[Any]] = []
+    each = takes_each(session_axes(opened, feeds))
     for fed, size, count in batches(opened, feeds):
         results = map(as_array, execute(opened, fed, names).values())
+        if each:
+            results = (array[np.newaxis] for array in results)
         found.append([array[:count] if array.ndim and array.shape[0] == size else array for array in results])
     return {name: joined([parts[index] for parts in found]) for index, name in enumerate(names)}
 
 
 def batches(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:
     """The samples as the session takes them: (feeds, samples fed, how many of them are real) for each run."""
-    axes = sample_axes({entry.name: entry.shape for entry in opened.get_inputs()})
-    size = fixed_batch(opened) or (1 if differing(feeds, axes) else BATCH)
+    axes, fixed = session_axes(opened, feeds), fixed_batch(opened, feeds)
+    size = fixed or (1 if differing(feeds, axes) else BATCH)
     count = len(next(iter(feeds.values()))) if feeds else 1
     for start in range(0, count, size):
         rows = np.arange(start, min(start + size, count))
-        filled = np.resize(rows, size) if fixed_batch(opened) else rows
+        filled = np.resize(rows, size) if fixed else rows
         yield batched({name: array[filled] for name, array in feeds.items()}, axes), len(filled), len(rows)
 
 
@@ -143,23 +150,43 @@ def batched(feeds: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> 
 
 def differing(feeds: Mapping[str, np.ndarray], axes: Mapping[str, int | None]) -> bool:
     """Whether samples differ in an input without a sample axis, so that each needs a run of its own."""
-    return any(axes.get(name, 0) is None and array.strides[0] != 0 and (array != array[:1]).any() for name, array in feeds.items())
+    return takes_each(axes) or any(
+        axes.get(name, 0) is None and array.strides[0] != 0 and (array != array[:1]).any() for name, array in feeds.items()
+    )
+
+
+def takes_each(axes: Mapping[str, int | None]) -> bool:
+    """Whether no input has a sample axis: the model takes one sample, whole, in each run."""
+    return bool(axes) and all(axis is None for axis in axes.values())
 
 
 def sample_axes(shapes: Mapping[str, Sequence[int | str | None]]) -> dict[str, int | None]:
     """Which axis of each input counts samples, told from the declared shapes; None for inputs that all samples share.
 
-    Axis 0 where it is open. Where it is fixed and another input's is open, the axis of the same name, or the only open one (a recurrent
-    state [layers, N, width]). A model without open axes takes as many samples as the first axis of its largest input says.
+    The axis that is named like a batch. Without such a name axis 0 where it is open. Where that is fixed and another input's is open, the
+    axis of the same name, or the only open one (a recurrent state [layers, N, width]). A model without open axes takes as many samples as
+    the first axis of its largest input says.
     """
+    named = {size for shape in shapes.values() for size in shape if isinstance(size, str) and _BATCH_NAME.fullmatch(size)}
     first = {shape[0] for shape in shapes.values() if shape and not _is_fixed(shape[0])}
     largest = max(shapes.values(), key=len, default=())
-    return {name: _sample_axis(shape, first or set(largest[:1])) for name, shape in shapes.items()}
+    return {name: _sample_axis(shape, named or first or set(largest[:1])) for name, shape in shapes.items()}
 
 
-def input_axes(model: onnx.ModelProto) -> dict[str, int | None]:
-    """`sample_axes` of a model's inputs."""
-    return sample_axes({value.name: declared_shape(value) for value in model.graph.input})
+def fed_axes(shapes: Mapping[str, Sequence[int | str | None]], feeds: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+    """`sample_axes` for feeds [N, one sample's shape]: what has an axis more than the model's input is taken sample by sample."""
+    whole = {name for name, shape in shapes.items() if name in feeds and feeds[name].ndim > len(shape)}
+    return {name: None if name in whole else axis for name, axis in sample_axes(shapes).items()}
+
+
+def session_axes(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+    """`fed_axes` of a session's inputs."""
+    return fed_axes({entry.name: entry.shape for entry in opened.get_inputs()}, feeds)
+
+
+def input_axes(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray]) -> dict[str, int | None]:
+    """`fed_axes` of a model's inputs."""
+    return fed_axes({value.name: declared_shape(value) for value in model.graph.input}, feeds)
 
 
 def declared_shape(value: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
@@ -173,7 +200,7 @@ def _sample_axis(shape: Sequence[int | str | None], counts: AbstractSet[int | st
         return None
     if any(_is_fixed(count) for count in counts):
         return next((axis for axis, size in enumerate(shape) if size in counts), None)
-    if not _is_fixed(shape[0]):
+    if not _is_fixed(shape[0]) and counts.isdisjoint(shape[1:]):
         return 0
     found = [axis for axis, size in enumerate(shape) if not _is_fixed(size)]
     named = [axis for axis in found if shape[axis] in counts]
@@ -201,10 +228,10 @@ def joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(parts if same else [part.reshape(-1) for part in parts])
 
 
-def fixed_batch(opened: ort.InferenceSession) -> int | None:
-    """The sample count that the model insists on, or None where it takes any."""
+def fixed_batch(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> int | None:
+    """The sample count that the model insists on for feeds [N, one sample's shape], or None where it takes any, or each on its own."""
     shapes = {entry.name: entry.shape for entry in opened.get_inputs()}
-    sizes = [shapes[name][axis] for name, axis in sample_axes(shapes).items() if axis is not None]
+    sizes = [shapes[name][axis] for name, axis in fed_axes(shapes, feeds).items() if axis is not None]
     return next((size for size in sizes if _is_fixed(size)), None)
 
 

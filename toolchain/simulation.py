@@ -43,7 +43,8 @@ def simulate(
     for name, kept in stream.of(source.graph.outputs).items():
         value = unpacked(kept)
         parts = value if isinstance(value, Parts) else [value]
-        joined = runtime.joined([part.cpu().numpy() if isinstance(part, torch.Tensor) else runtime.as_array(part) for part in parts])
+        arrays = [part.cpu().numpy() if isinstance(part, torch.Tensor) else runtime.as_array(part) for part in parts]
+        joined = runtime.joined([array[np.newaxis] for array in arrays] if runtime.takes_each(source.axes) else arrays)
         found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined
     return found
 
@@ -73,6 +74,6 @@ def simulated_values(
 
 def few_samples(source: SourceModel, samples: Samples, count: int) -> Samples:
     """The first samples that one run takes: `count` of them, or as many as the model's fixed batch, going round where there are fewer."""
-    one_by_one = runtime.differing(samples.inputs, {spec.name: spec.axis for spec in source.inputs})
+    one_by_one = runtime.differing(samples.inputs, source.axes)
     size = source.batch or (1 if one_by_one else min(count, samples.count))
     return samples.taken(np.arange(size) % samples.count)

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,12 +19,15 @@ from .errors import MrecgError, UnsupportedModelError
 from .graph import WEIGHT_INPUT, Graph, Node, channel_axis, schedule
 from .normalise import normalised, read, subgraphs
 from .quant_table import Copy
+from .single_precision import in_float32
 from .stored import StoredWeight, find_stored, lift_weights
-from .widen import widened
 
 QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 Shape = tuple[int | None, ...]
 _MOST_NOISE = 1 << 26  # elements of a sample that is only made up to look at shapes
+_FEW, _SMALL = 4, 8  # samples, and the size of other open axes, where it is only to be seen whether an axis counts samples
+# Axes that are called so may count the parts of one sample.
+_STEPS = re.compile(r"seq|time|len|frame|step|token|point|node|edge|word|char|^[tl]$", re.IGNORECASE)
 _LARGE = 1024  # elements; shape inference needs the values of shapes and axes, never those of weights
 
 
@@ -31,7 +35,8 @@ _LARGE = 1024  # elements; shape inference needs the values of shapes and axes, 
 class InputSpec:
     """A graph input: `shape` has an int for a fixed axis, a name or None for an open one; `axis` is the sample axis.
 
-    An input without a sample axis (None) is shared by all samples of a run: a sampling rate, a threshold.
+    An input without a sample axis (None) is shared by all samples of a run: a sampling rate, a threshold. A model none of whose inputs has
+    one takes each sample, whole, in a run of its own.
     """
 
     name: str
@@ -82,6 +87,16 @@ class SourceModel:
         """The number of samples that the inputs declare, or None where it is open."""
         sizes = [spec.shape[spec.axis] for spec in self.inputs if spec.axis is not None]
         return next((size for size in sizes if isinstance(size, int)), None)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """The sample axis of each input."""
+        return {spec.name: spec.axis for spec in self.inputs}
+
+    @property
+    def has_samples_first(self) -> bool:
+        """Whether the first axis of values counts samples, as `runtime.run` joins or stacks them."""
+        return 0 in self.axes.values() or runtime.takes_each(self.axes)
 
     def channel_axis(self, node: Node) -> int:
         """The output-channel axis of a node's weight in its ONNX layout."""
@@ -138,9 +153,9 @@ class SourceModel:
 class ValueTypes:
     """What is known of the values for given input shapes: element type, shape of one sample, and which are arrays of samples.
 
-    `stacked` holds the values whose first axis is the sample axis, `batched` the float32 ones of them. `shared` holds those whose shape
-    does not follow the number of samples, and those that are not float32. `others` has the types of values that are no tensors. `batch` is
-    the number of samples that every run must have, None where any number will do.
+    `stacked` holds the values whose first axis is the sample axis, `batched` the float32 ones that have one anywhere, or that are of one
+    sample. `shared` holds those whose shape does not follow the number of samples, and those that are not float32. `others` has the types
+    of values that are no tensors. `batch` is the number of samples that every run must have, None where any number will do.
     """
 
     dtypes: Mapping[str, int]
@@ -189,7 +204,7 @@ def load_source(path: str | Path) -> SourceModel:
 def _loaded(path: Path) -> SourceModel:
     model = read(path)
     quantized = next((n for n in model.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
-    model, notes = widened(model)
+    model, notes = in_float32(model)
     shelf = large.Shelf() if large.weight_bytes(model) > large.OUTSIDE else None
     model = normalised(model, path, shelf.folder if shelf is not None else None)
     if shelf is None and large.weight_bytes(model) > large.OUTSIDE:  # made by nodes that were folded
@@ -213,7 +228,7 @@ def _loaded(path: Path) -> SourceModel:
         raise UnsupportedModelError(f"{path}: {_why_weightless(model, quantized)}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return SourceModel(path, digest, model, graph, inputs, notes, shelf)
+    return _with_sample_axes(SourceModel(path, digest, model, graph, inputs, notes, shelf))
 
 
 def _why_weightless(model: onnx.ModelProto, quantized: onnx.NodeProto | None) -> str:
@@ -255,22 +270,35 @@ def infer_types(
     dtypes = {name: dtype for name, (dtype, _) in known[0].items() if dtype}
     shapes: dict[str, tuple[int, ...]] = {}
     stacked: set[str] = set()
+    floats: set[str] = set()
     shared = {name for name, dtype in dtypes.items() if dtype != TensorProto.FLOAT}
+    alone = runtime.takes_each(source.axes)
     for name, (_, shape) in known[0].items():
         other = known[1].get(name, (0, None))[1]
         if shape is None or other is None or None in shape or None in other:
             continue
-        if batch is None and shape == other:
+        if batch is None and shape == other and not alone:
             shared.add(name)
         if not shape:
             continue
         shapes[name] = tuple(d for d in shape[1:] if d is not None)
-        if (shape[0], other[0]) == sizes and shape[1:] == other[1:]:
+        axis = _counting_axis(shape, other, sizes)
+        if axis == 0:
             stacked.add(name)
-    floats = {name for name in stacked if dtypes.get(name) == TensorProto.FLOAT}
+        if (alone or axis is not None) and dtypes.get(name) == TensorProto.FLOAT:
+            floats.add(name)
     return ValueTypes(
         MappingProxyType(dtypes), MappingProxyType(shapes), frozenset(floats), frozenset(stacked), frozenset(shared), others, batch
     )
+
+
+def _counting_axis(shape: Shape, other: Shape, sizes: tuple[int, int]) -> int | None:
+    """The one axis in which a value's shapes for two numbers of samples differ, as those do; for one fixed number the first or none."""
+    if sizes[0] == sizes[1]:
+        return 0 if shape == other and shape[0] == sizes[0] else None
+    differing = [axis for axis, pair in enumerate(zip(shape, other, strict=False)) if pair[0] != pair[1]]
+    is_one = len(shape) == len(other) and len(differing) == 1
+    return differing[0] if is_one and (shape[differing[0]], other[differing[0]]) == sizes else None
 
 
 def folded_values(source: SourceModel, original: onnx.ModelProto) -> frozenset[str]:
@@ -284,7 +312,7 @@ def opened(source: SourceModel) -> onnx.ModelProto:
     """A copy of the model whose inputs declare an open sample axis, and nothing else of its values."""
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
-    axes = {spec.name: spec.axis for spec in source.inputs}
+    axes = source.axes
     for value in model.graph.input:
         if (axis := axes.get(value.name)) is not None:
             value.type.tensor_type.shape.dim[axis].dim_param = "samples"
@@ -294,12 +322,12 @@ def opened(source: SourceModel) -> onnx.ModelProto:
     return model
 
 
-def _random(source: SourceModel, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Three samples of noise: unit normals, and 0 or 1 where the input is not float."""
+def _random(source: SourceModel, shapes: Mapping[str, tuple[int, ...]], count: int = 3) -> dict[str, np.ndarray]:
+    """A few samples of noise: unit normals, and 0 or 1 where the input is not float."""
     rng = np.random.default_rng(0)
     arrays = {}
     for spec in source.inputs:
-        size = (3, *shapes[spec.name])
+        size = (count, *shapes[spec.name])
         drawn = rng.normal(size=size) if spec.dtype.kind == "f" else rng.integers(0, 2, size)
         array = drawn.astype(str).astype(object) if spec.dtype.kind in "OSU" else drawn.astype(spec.dtype)
         arrays[spec.name] = array if spec.axis is not None else np.broadcast_to(array[:1], size)
@@ -310,7 +338,7 @@ def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) ->
     """Whether a model with a declared batch size gives each sample the same result in a batch of another size."""
     if source.batch is None or not examples:
         return source.batch is None
-    axes = {spec.name: spec.axis for spec in source.inputs}
+    axes = source.axes
     if runtime.differing(examples, axes):
         return False
     count = source.batch
@@ -323,14 +351,7 @@ def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) ->
     except UnsupportedModelError:
         return False
     return all(
-        np.shape(two[name]) == (2 * count, *np.shape(one[name])[1:])
-        and np.allclose(
-            two[name][count:],
-            one[name],
-            rtol=1e-3,
-            atol=1e-3 * np.abs(np.nan_to_num(one[name], posinf=0, neginf=0)).max(initial=0),
-            equal_nan=True,
-        )
+        np.shape(two[name]) == (2 * count, *np.shape(one[name])[1:]) and _alike(one[name], two[name][count:])
         for name in names
         if np.shape(one[name])[:1] == (count,)
     ) and any(np.shape(one[name])[:1] == (count,) for name in names)
@@ -344,7 +365,7 @@ def _ask_runtime(
     known: "list[dict[str, tuple[int, Shape | None]]]",
 ) -> dict[str, onnx.TypeProto]:
     """Add the element types, and the shapes of a run, of values that inference does not know; return what are no tensors, with types."""
-    axes = {spec.name: spec.axis for spec in source.inputs}
+    axes = source.axes
     try:
         session = runtime.exposing(opened(source), names)
     except UnsupportedModelError as error:
@@ -354,7 +375,7 @@ def _ask_runtime(
     tensors = [name for name in names if name not in others]
     for found in known:
         found.update({name: (types[name].tensor_type.elem_type, None) for name in tensors})
-    if not examples or runtime.differing(examples, axes):
+    if not examples:
         return others
     for size, found in zip(sizes, known, strict=True):
         feeds = {name: array[np.arange(size) % len(array)] for name, array in examples.items()}
@@ -391,6 +412,45 @@ def _inferred(source: SourceModel, sample_shapes: Mapping[str, tuple[int, ...]],
         shape = tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim) if tensor.HasField("shape") else None
         found[value.name] = (tensor.elem_type, shape)
     return found
+
+
+def _with_sample_axes(source: SourceModel) -> SourceModel:
+    """The model without sample axes where those that its declared shapes suggest count something else: colours, steps, points.
+
+    Doubtful are axes of a fixed size other than 1, and open ones that are named like steps. Along those that count samples, results change
+    places with them.
+    """
+    axes = {name: axis for name, axis in source.axes.items() if axis is not None}
+    sizes = [spec.shape[axes[spec.name]] for spec in source.inputs if spec.name in axes]
+    if not any(size > 1 if isinstance(size, int) else size is not None and _STEPS.search(size) for size in sizes):
+        return source
+    count = source.batch or _FEW
+    shapes = {s.name: tuple(d if isinstance(d, int) else _SMALL for d in s.sample_shape) for s in source.inputs}
+    if sum(map(math.prod, shapes.values())) * count > _MOST_NOISE:
+        return source
+    feeds = {name: array[np.arange(count) % len(array)] for name, array in _random(source, shapes, count).items()}
+    names = list(source.graph.outputs)
+    try:
+        session = runtime.session(source.model)
+        made, turned = (
+            runtime.execute(session, runtime.batched(fed, source.axes), names)
+            for fed in (feeds, {name: np.roll(array, 1, axis=0) for name, array in feeds.items()})
+        )
+    except UnsupportedModelError:
+        return source  # noise is nothing that the model runs on
+    pairs = [(made[name], turned[name]) for name in names if np.shape(made[name])[:1] == (count,)]
+    if pairs and all(_alike(np.roll(one, 1, axis=0), other) for one, other in pairs):
+        return source
+    note = "no axis of the inputs counts samples: each sample is an input of the declared shape, and has a run of its own"
+    return replace(source, inputs=tuple(replace(spec, axis=None) for spec in source.inputs), notes=(*source.notes, note))
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two results are the same up to the rounding of float32 in sums of another order."""
+    if one.shape != other.shape or one.dtype.kind != "f":
+        return np.array_equal(one, other)
+    largest = np.abs(np.nan_to_num(one, posinf=0, neginf=0)).max(initial=0)
+    return np.allclose(other, one, rtol=1e-3, atol=1e-3 * largest, equal_nan=True)
 
 
 def _node(proto: onnx.NodeProto) -> Node:

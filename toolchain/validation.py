@@ -219,8 +219,9 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 
 def _latency(first: runtime.Session, second: runtime.Session, samples: Samples) -> Latency:
     """Time both in turn, so that a drift of the machine's speed hits both alike."""
-    batch = runtime.fixed_batch(first) or 1
-    feeds = {name: array[:1].repeat(batch, axis=0) for name, array in samples.inputs.items()}
+    batch = runtime.fixed_batch(first, samples.inputs) or 1
+    one = {name: array[:1].repeat(batch, axis=0) for name, array in samples.inputs.items()}
+    feeds = runtime.batched(one, runtime.session_axes(first, one))
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + _LATENCY_SECONDS
     for round_ in range(_LATENCY_RUNS):
