@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -114,6 +115,33 @@ def test_a_fixed_batch_can_be_run_on_any(tmp_path: Path) -> None:
     types = infer_types(source, {"x": (3, 8, 8)})
     assert types.shapes[source.graph.outputs[0]] == (5,)
     assert source.graph.outputs[0] in types.batched
+
+
+@pytest.mark.parametrize(
+    ("shapes", "axes"),
+    [
+        ({"x": ["N", 3, 8, 8]}, {"x": 0}),
+        ({"x": ["seq", "batch_size", 8]}, {"x": 1}),
+        ({"x": [None, 40, 8], "h": [2, None, 8]}, {"x": 0, "h": 1}),
+        ({"x": ["steps", "n", 8], "h": [2, "n", 8], "rate": []}, {"x": 1, "h": 1, "rate": None}),
+        ({"x": [4, 8]}, {"x": 0}),
+    ],
+)
+def test_the_axis_that_is_named_for_samples_counts_them(shapes: Mapping[str, Any], axes: Mapping[str, int | None]) -> None:
+    assert runtime.sample_axes(shapes) == axes
+
+
+@pytest.mark.parametrize(
+    ("size", "mixes", "axis"), [(5, False, 0), (5, True, None), ("tokens", False, 0), ("tokens", True, None), (1, True, 0)]
+)
+def test_a_doubtful_axis_counts_samples_where_they_change_places_with_their_results(
+    size: int | str, mixes: bool, axis: int | None, tmp_path: Path
+) -> None:
+    b = zoo.Builder({"x": [size, 6]})
+    y = b.op("CumSum", "x", b.constant("zero", np.array(0))) if mixes else "x"
+    source = zoo.loaded(b.model(b.linear(y, 6, 5)), tmp_path)
+    assert [spec.axis for spec in source.inputs] == [axis]
+    assert any("no axis" in note for note in source.notes) == (axis is None)
 
 
 def test_only_sample_arrays_are_batched(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def diagnose(
 
 
 def _copies(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, Copy]:
-    """The values that layers requantize for themselves, told from quantizers that read what another one made."""
+    """The values that layers quantize for themselves, told from quantizers that read a graph input, or what another one made."""
     known = {*source.graph.inputs, *source.graph.producer}
     producer = {value: node for node in quantized.graph.node for value in node.output}
     made = {node.name: node.output[0] for node in quantized.graph.node if node.op_type == "DequantizeLinear"}
@@ -152,9 +152,10 @@ def _copies(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, Copy]:
         before = producer.get(read) if read is not None else None
         if before is not None and before.op_type == "Clip":  # it keeps the copy's floats in range
             before = producer.get(before.input[0])
-        if before is None or before.op_type != "DequantizeLinear":
+        if before is not None and before.op_type != "DequantizeLinear":
             continue
-        origin, own = before.name.removesuffix("_DequantizeLinear"), made.get(f"{name}_DequantizeLinear")
+        origin = before.name.removesuffix("_DequantizeLinear") if before is not None else read
+        own = made.get(f"{name}_DequantizeLinear")
         if origin in known and own is not None:
             found[name] = Copy(origin, tuple(reader.name for reader in quantized.graph.node if own in reader.input))
     return found

@@ -126,25 +126,35 @@ def operand_copies(
     islands: Mapping[str, str] = MappingProxyType({}),
     own: Mapping[str, Precision] = MappingProxyType({}),
 ) -> dict[str, Copy]:
-    """The copies that layers need of values which another operator on integers reads in more bits, by the name of the copy.
+    """The copies that operators on integers need of values, by the name of the copy.
+
+    Layers need one where another operator on integers reads the value in more bits; all do where the value is a graph input that is handed
+    out again, and so stays as it came.
 
     Arguments are those of `place`, for the model without copies.
     """
-    if not precision.requantizes:
-        return {}
     graph = source.graph
     ground = _ground(source, types, scheme, precision, keep_float, islands, own)
     flow, integer = ground.flow, ground.integer
+    handed_out = {flow.source(value) for value in graph.outputs}.intersection(graph.inputs) if scheme.results != "all" else set()
     taken = {*graph.inputs, *graph.constants, *graph.producer}
     copies: dict[str, Copy] = {}
     for value in [*graph.inputs, *graph.producer]:
-        operands = [node for node in flow.direct_readers(value, integer) if node.op_type in WEIGHT_INPUT]
-        others = [node for node in flow.integer_readers(flow.source(value), integer) if node not in operands]
-        wanted, kept = (_asked_bits(ground, readers) for readers in (operands, others))
-        if wanted is not None and kept is not None and wanted < kept and value in flow.quantizable:
+        readers = flow.direct_readers(value, integer)
+        if flow.source(value) not in handed_out:
+            readers = _coarser(ground, value, readers) if precision.requantizes else []
+        if readers and value in flow.quantizable:
             name = next(name for index in itertools.count() if (name := f"{value}_operand{index or ''}") not in taken)
-            copies[name] = Copy(value, tuple(node.name for node in operands))
+            copies[name] = Copy(value, tuple(node.name for node in readers))
     return copies
+
+
+def _coarser(ground: "_Ground", value: str, readers: Sequence[Node]) -> list[Node]:
+    """The layers among a value's readers, where they want fewer bits than the others."""
+    operands = [node for node in readers if node.op_type in WEIGHT_INPUT]
+    others = [node for node in ground.flow.integer_readers(ground.flow.source(value), ground.integer) if node not in operands]
+    wanted, kept = (_asked_bits(ground, some) for some in (operands, others))
+    return operands if wanted is not None and kept is not None and wanted < kept else []
 
 
 @dataclass(frozen=True)

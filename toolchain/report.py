@@ -168,11 +168,11 @@ def coverage(source: SourceModel, table: QuantTable) -> dict[str, Any]:
 
 def _requantized(table: QuantTable) -> str:
     """The values that layers read on a grid of their own, in words."""
-    copies = table.copies
-    if not copies:
+    origins = [copy.origin for copy in table.copies.values() if copy.origin in table]  # others are inputs that are handed out as they came
+    if not origins:
         return ""
-    kept = sorted({table[copy.origin].spec.bits for copy in copies.values() if copy.origin in table})
-    count = f"{len(copies)} operand{'s' if len(copies) > 1 else ''}"
+    kept = sorted({table[origin].spec.bits for origin in origins})
+    count = f"{len(origins)} operand{'s' if len(origins) > 1 else ''}"
     return f"; {count} that sums read too kept at {' and '.join(map(str, kept))} bits and requantized for the layers"
 
 

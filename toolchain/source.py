@@ -153,9 +153,10 @@ class SourceModel:
 class ValueTypes:
     """What is known of the values for given input shapes: element type, shape of one sample, and which are arrays of samples.
 
-    `stacked` holds the values whose first axis is the sample axis, `batched` the float32 ones that have one anywhere, or that are of one
-    sample. `shared` holds those whose shape does not follow the number of samples, and those that are not float32. `others` has the types
-    of values that are no tensors. `batch` is the number of samples that every run must have, None where any number will do.
+    `stacked` holds the values whose first axis is the sample axis, `batched` the float32 ones of them; where samples come along another
+    axis, or one by one, those that have it anywhere, or all. `shared` holds those whose shape does not follow the number of samples, and
+    those that are not float32. `others` has the types of values that are no tensors. `batch` is the number of samples that every run must
+    have, None where any number will do.
     """
 
     dtypes: Mapping[str, int]
@@ -285,7 +286,8 @@ def infer_types(
         axis = _counting_axis(shape, other, sizes)
         if axis == 0:
             stacked.add(name)
-        if (alone or axis is not None) and dtypes.get(name) == TensorProto.FLOAT:
+        is_batched = axis == 0 or (axis is not None and not source.has_samples_first)
+        if (alone or is_batched) and dtypes.get(name) == TensorProto.FLOAT:
             floats.add(name)
     return ValueTypes(
         MappingProxyType(dtypes), MappingProxyType(shapes), frozenset(floats), frozenset(stacked), frozenset(shared), others, batch
