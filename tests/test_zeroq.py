@@ -1,5 +1,6 @@
 """ZeroQ: samples whose statistics are those that BatchNorm kept, from files as they are exported, and errors that say what to do."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,32 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "no real sample was seen" in report
     page = (tmp_path / "trained.w4a4.report" / "report.html").read_text(encoding="utf-8")
     assert "no real sample was seen" in page
+
+
+def test_compare_distils_once_for_each_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+
+    def distilled(source: object, count: int, seed: int, *_: object) -> Samples:
+        seeds.append(seed)
+        return Samples({"x": zoo.images(count, seed=seed).inputs["x"]}, note="distilled")
+
+    monkeypatch.setattr(zeroq, "synthetic_samples", distilled)
+    path, calibration, evaluation, results = (tmp_path / name for name in ("trained.onnx", "calibration.npz", "eval.npz", "out.json"))
+    trained(tmp_path)
+    for place in (calibration, evaluation):
+        np.savez(place, x=training_images().first(16).inputs["x"])
+    data = ["--calibration-data", str(calibration), "--eval-data", str(evaluation), "--synthetic-samples", "8", "--device", "cpu"]
+    compare = ["compare", str(path), *data, "--methods", "mse,zeroq+mse", "--precisions", "w4a4,w3a3", "--seeds", "0,1", "-o", str(results)]
+    for _ in range(2):
+        result = CliRunner().invoke(main, compare)
+        assert result.exit_code == 0, result.output
+        assert seeds == [0, 1]  # not once for each precision, and not again for rows that the file has
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    assert sorted(row["calibration_samples"] for row in rows) == [8] * 4 + [16] * 4
+    page = results.with_suffix(".html").read_text(encoding="utf-8")
+    assert "16 calibration and 16 evaluation samples" in page
+    assert "zeroq+mse: 8 samples distilled from BatchNorm statistics alone, no real ones" in page
+    trained(tmp_path, norm=False)
+    result = CliRunner().invoke(main, compare)
+    assert result.exit_code == DataError.exit_code, result.output
+    assert "has no BatchNorm statistics" in " ".join(result.stderr.split())

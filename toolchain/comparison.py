@@ -35,6 +35,9 @@ Export = Callable[[QuantTable, Config, Path], None]
 """Writes the quantized model of a table to a path; handed in, since learning knows nothing of exporters."""
 
 
+_ZEROQ = "zeroq+"  # before a method: it sees distilled samples alone
+
+
 @dataclass(frozen=True)
 class Job:
     """One row to be: `label` names its method in tables, `group` the question it belongs to."""
@@ -43,21 +46,38 @@ class Job:
     config: Config
     group: str = ""
 
+    @property
+    def is_data_free(self) -> bool:
+        """Whether it calibrates on samples distilled from the model instead of those given."""
+        return self.label.startswith(_ZEROQ)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Calibration samples made from the model alone, for data-free jobs.
+
+    `settings` is what decides them beside the model and the seed, and `make` distils those of a seed, telling how it proceeds.
+    """
+
+    settings: str
+    make: Callable[[int, Progress], Samples]
+
 
 def method(text: str, base: Config) -> Config:
-    """`brecq`: every block alone; `mrecg+brecq`: units by loss; `mrecg:modcap+brecq`: units by another metric.
+    """`brecq`: every block alone; `mrecg+brecq`: units by loss; `mrecg:modcap+brecq`: units by another metric; `zeroq+` before any of them
+    leaves them as they are.
 
     Raises:
         UsageError: an unknown algorithm or metric.
     """
-    prefix, _, algorithm = text.rpartition("+")
+    prefix, _, algorithm = text.removeprefix(_ZEROQ).rpartition("+")
     name, _, units = prefix.partition(":")
     units = units or ("loss" if prefix else "none")
     joins = algorithm in ("brecq", "qdrop")
     if algorithm not in ALGORITHMS or name not in ("", "mrecg") or units not in UNITS or units == "manual" or (prefix and not joins):
         raise UsageError(
             f"method {text!r}: expected one of {', '.join(ALGORITHMS)}, or mrecg+brecq, mrecg+qdrop, mrecg:UNITS+qdrop with UNITS one of "
-            f"{', '.join(u for u in UNITS if u != 'manual')}"
+            f"{', '.join(u for u in UNITS if u != 'manual')}; zeroq+ before any of them"
         )
     return dataclasses.replace(base, algorithm=algorithm, units=units)
 
@@ -75,6 +95,7 @@ def jobs(methods: Sequence[str], precisions: Sequence[str], seeds: Sequence[int]
 def run_jobs(
     source: SourceModel,
     calibration: Samples,
+    distilled: Distilled,
     evaluation: Samples,
     todo: Sequence[Job],
     export: Export,
@@ -87,6 +108,7 @@ def run_jobs(
     Args:
         source: the float model.
         calibration: calibration samples.
+        distilled: those of data-free jobs, made once for each seed when a row needs them.
         evaluation: samples to measure on.
         todo: the configurations.
         export: writes a model.
@@ -99,11 +121,17 @@ def run_jobs(
     """
     stored = load_results(place) if place.exists() else {"rows": []}
     environment = report.environment(str(pick_device(todo[0].config.device)))
-    common = {"sha256": source.sha256, "calibration": _digest(calibration), "evaluation": _digest(evaluation)}
+    common = {
+        "sha256": source.sha256,
+        "evaluation": _digest(evaluation),
+        "version": environment["versions"].get("mrecg-onnx"),
+    }
+    digest, made = _digest(calibration), dict[int, Samples]()
     rows = {_key(row): row for row in stored["rows"] if "outcomes" in row}  # older ones lack what verdicts need: they are run again
     keys = []
     for index, job in enumerate(todo):
-        head = {**common, "settings": report.finite(_settings(job.config)), "version": environment["versions"].get("mrecg-onnx")}
+        data = f"zeroq {distilled.settings}" if job.is_data_free else digest
+        head = {**common, "calibration": data, "settings": report.finite(_settings(job.config))}
         keys.append((_key(head), job))
         if keys[-1][0] in rows:
             continue
@@ -113,7 +141,10 @@ def run_jobs(
             step = done / max(total, 1) if what.startswith("recon") else 0.0
             progress(f"run {text}", round(1000 * (index + step)), 1000 * len(todo), loss)
 
-        row = head | measured(source, calibration, evaluation, job.config, export, shown) | {"note": calibration.note}
+        samples = calibration
+        if job.is_data_free:
+            made[job.config.seed] = samples = made.get(job.config.seed) or distilled.make(job.config.seed, shown)
+        row = head | measured(source, samples, evaluation, job.config, export, shown) | {"note": samples.note}
         rows[keys[-1][0]] = report.finite(row)
         stored |= {"model": str(source.path), "environment": environment, "rows": list(rows.values())}
         report.write_text(place, report.as_json(stored))
@@ -205,9 +236,14 @@ def concluded(place: Path, **said: Any) -> dict[str, Any]:
 
 def common_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What the rows of one experiment share."""
-    first = rows[0]
+    free = [row for row in rows if row["label"].startswith(_ZEROQ)]
+    given = [row for row in rows if row not in free] or rows
+    first = given[0]
     shared = {key: first[key] for key in ("top1_float", "samples", "calibration_samples", "provider")}
-    notes = [note for note in dict.fromkeys(row.get("note") for row in rows) if note]
+    notes = [note for note in dict.fromkeys(row.get("note") for row in given) if note]
+    if free and given is not rows:
+        names = ", ".join(dict.fromkeys(row["label"] for row in free))
+        notes.append(f"{names}: {free[0]['calibration_samples']:,} samples distilled from BatchNorm statistics alone, no real ones")
     iterations = first["settings"].get("iterations", PRESETS[first["settings"]["preset"]])
     return shared | {"runs": len(rows), "iterations": iterations, "batch_size": first["settings"]["batch-size"], "notes": notes}
 

@@ -98,13 +98,7 @@ def synthetic_samples(
     """
     spec, shape = _image_input(source, size)
     types = infer_types(source, {spec.name: shape})
-    statistics = [s for s in norm_statistics(source.path) if s.value in source.graph.producer]
-    if not statistics:
-        raise DataError(
-            f"--calibration-data synthetic: {source.path} has no BatchNorm statistics to make samples from: it never had any, or they are "
-            "folded into the convolutions already; export the model with BatchNorm kept (torch.onnx.export(model.eval(), ..., "
-            "training=TrainingMode.PRESERVE, do_constant_folding=False)), or give real samples"
-        )
+    statistics = statistics_of(source)
     blocks = cut_blocks(source, types, find_islands(source, types), Config())
     batch = types.batch or BATCH
     model = TorchModel.of(source, types, blocks, pick_device(device), batch)
@@ -126,11 +120,27 @@ def synthetic_samples(
     return Samples({spec.name: torch.cat(made).cpu().numpy()[:count]}, note=note)
 
 
+def statistics_of(source: SourceModel) -> list[NormStatistics]:
+    """The statistics in a model's file whose values are in the normalised model.
+
+    Raises:
+        DataError: there are none.
+    """
+    statistics = [s for s in norm_statistics(source.path) if s.value in source.graph.producer]
+    if not statistics:
+        raise DataError(
+            f"synthetic samples: {source.path} has no BatchNorm statistics to make them from: it never had any, or they are "
+            "folded into the convolutions already; export the model with BatchNorm kept (torch.onnx.export(model.eval(), ..., "
+            "training=TrainingMode.PRESERVE, do_constant_folding=False)), or give real samples"
+        )
+    return statistics
+
+
 def _image_input(source: SourceModel, size: tuple[int, int] | None) -> tuple[InputSpec, tuple[int, ...]]:
     """The one input, and the shape of one sample of it."""
-    where = "--calibration-data synthetic"
+    where = "synthetic samples"
     if len(source.inputs) != 1 or source.inputs[0].dtype != np.float32 or source.inputs[0].axis != 0:
-        raise DataError(f"{where}: makes samples for one float32 input [N, ...]; this model has {', '.join(map(str, source.inputs))}")
+        raise DataError(f"{where}: are made for one float32 input [N, ...]; this model has {', '.join(map(str, source.inputs))}")
     spec = source.inputs[0]
     shape = list(spec.sample_shape)
     if size is not None and len(shape) == 3:
@@ -164,7 +174,7 @@ def _distilled(
             values |= piece({name: values[name] for name in piece.block.inputs} | weights, observe)
         if not terms:
             raise DataError(
-                "--calibration-data synthetic: gradients reach no BatchNorm of the model through the operators that only ONNX Runtime "
+                "synthetic samples: gradients reach no BatchNorm of the model through the operators that only ONNX Runtime "
                 "executes (see `inspect`); give real samples"
             )
         loss = torch.stack(terms).sum()

@@ -21,6 +21,7 @@ from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 from .shown import Shown
 
 if TYPE_CHECKING:
+    from ..comparison import Distilled
     from ..quant_table import QuantTable
     from ..samples import Samples
     from ..source import SourceModel
@@ -57,6 +58,7 @@ def compare(
     \b
     A method is an algorithm (every block alone), or mrecg+ALGORITHM (units by loss), or mrecg:UNITS+ALGORITHM. Algorithms:
     minmax, mse, aciq, lapq (ranges only); adaround, adaquant, bit-split (layer by layer); brecq, qdrop (block by block).
+    zeroq+METHOD calibrates on samples distilled from the model's BatchNorm instead of yours (--synthetic-samples of them).
     Rows that RESULTS.json has already for the same model, data and settings are not run again.
 
     \b
@@ -65,13 +67,16 @@ def compare(
     """
     with reported(verbose):
         from .. import comparison, report, terminal
+        from ..baselines.zeroq import statistics_of
         from ..experiments_page import experiments_page
 
         shown = Shown(as_json, verbose, quiet)
-        source, calibration, evaluation, base = _experiment(model, output, options, _VARIED_BY_COMPARE, shown.log)
+        source, calibration, distilled, evaluation, base = _experiment(model, output, options, _VARIED_BY_COMPARE, shown.log)
         todo = comparison.jobs(_listed(methods), _listed(precisions), _integers("--seeds", seeds), base)
+        if any(job.is_data_free for job in todo):
+            statistics_of(source)  # now, not hours later
         with terminal.progress_on(shown.log) as progress:
-            facts = comparison.run_jobs(source, calibration, evaluation, todo, _writer(source), output, progress)
+            facts = comparison.run_jobs(source, calibration, distilled, evaluation, todo, _writer(source), output, progress)
         lines = comparison.summary(facts["rows"])
         said = comparison.concluded(output, comparison=comparison.common_facts(facts["rows"]) | {"lines": lines})
         page = output.with_suffix(".html")
@@ -121,13 +126,13 @@ def study(
             raise UsageError(f"--schemes {schemes}: a correlation needs at least 4")
         shown = Shown(as_json, verbose, quiet)
         options |= parse_precision(precision) if precision else {}
-        source, calibration, evaluation, base = _experiment(model, output, options, _VARIED_BY_STUDY, shown.log)
+        source, calibration, distilled, evaluation, base = _experiment(model, output, options, _VARIED_BY_STUDY, shown.log)
         rows = survey(source, calibration, dataclasses.replace(base, units="none")).rows
         boundaries = sorted(mergeable([row.traits for row in rows], cross_stage=True))
         count = min(calibration.count, base.calibration_samples)
         todo = study_jobs(names, base, boundaries, [row.block.name for row in rows], schemes, count)
         with terminal.progress_on(shown.log) as progress:
-            facts = comparison.run_jobs(source, calibration, evaluation, todo, _writer(source), output, progress)
+            facts = comparison.run_jobs(source, calibration, distilled, evaluation, todo, _writer(source), output, progress)
         facts |= {"findings": report.finite(findings(names, facts["rows"]))}
         studied = {"precision": base.label, "algorithm": base.algorithm, "findings": facts["findings"]}
         said = comparison.concluded(output, study=comparison.common_facts(facts["rows"]) | studied)
@@ -141,8 +146,10 @@ def study(
 
 def _experiment(
     model: Path, output: Path, options: dict[str, Any], varied: tuple[str, ...], log: Console
-) -> "tuple[SourceModel, Samples, Samples, Config]":
-    """Model, data and common settings of several runs; what the runs vary cannot be given."""
+) -> "tuple[SourceModel, Samples, Distilled, Samples, Config]":
+    """Model, data (given, made, and to measure on) and common settings of several runs; what the runs vary cannot be given."""
+    from ..baselines.zeroq import synthetic_samples
+    from ..comparison import Distilled
     from ..cpu import keep_freed_memory
     from ..source import load_source
 
@@ -160,7 +167,12 @@ def _experiment(
     keep_freed_memory()
     source = load_source(model)
     calibration = calibration_at(data.calibration_data, source, config, data, None, log)
-    return source, calibration, samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples), config
+    size = "x".join(map(str, data.size)) if data.size else "as the model has it"
+    distilled = Distilled(
+        f"{data.synthetic_samples} samples, size {size}",
+        lambda seed, progress: synthetic_samples(source, data.synthetic_samples, seed, data.size, config.device, progress),
+    )
+    return source, calibration, distilled, samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples), config
 
 
 def _writer(source: "SourceModel") -> "Callable[[QuantTable, Config, Path], None]":
