@@ -1,6 +1,7 @@
-"""Process-wide settings that make torch fast on CPUs; only the command line applies them."""
+"""What makes torch fast on CPUs and what makes it slow, for the command line: settings of the whole process, and a word about its threads."""
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from glibc's malloc.h
@@ -21,3 +22,21 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_MAX, 0)
     mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def crowding(threads: int) -> str | None:
+    """A word about other work on the machine, where torch's threads would share their cores with it; None where they would not, or are one.
+
+    Threads wait for each other at the end of every operation, and OpenMP's spin as they wait: with a core taken away from one of them,
+    two have been seen to take ten to sixty times as long as one alone. The number stays as it is: results depend on it.
+    """
+    cores = os.cpu_count() or 1
+    if threads < 2 or not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0]
+    if load + threads < cores + 1:
+        return None
+    return (
+        f"this machine is busy (load {load:.1f} on {cores} cores): {threads} threads that share them with other work can take many times "
+        "longer than one; if progress is slow, start again with OMP_NUM_THREADS=1"
+    )

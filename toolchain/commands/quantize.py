@@ -155,7 +155,7 @@ def _quantize(
     from exporters.qdq import write_text
 
     from .. import encodings, pipeline, report, run_folder, runtime, terminal
-    from ..cpu import keep_freed_memory
+    from ..cpu import crowding, keep_freed_memory
     from ..device import pick_device
     from ..examination import examine
     from ..source import load_source
@@ -187,6 +187,9 @@ def _quantize(
     run = _open_run(run_path, output, fingerprint, machine, mode, shown.log)
     if memory:
         shown.log.print(escape(memory))
+    busy = crowding(torch.get_num_threads()) if config.learns and device.type == "cpu" else None
+    if busy is not None:
+        shown.log.print(busy)
     with terminal.progress_on(shown.log) as progress, processes.joined(device):
         quantized = pipeline.quantize(source, calibration, config, progress, run, processes)
     exported = export_qdq(source.model, quantized.table, _metadata(source, config, data), config.scheme)
