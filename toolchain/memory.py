@@ -143,10 +143,8 @@ def _work(source: SourceModel, block: Block, sizes: Mapping[str, int], grids: Ab
     """Bytes of a block's mini-batches and of its forward passes, whichever is more."""
     made = {name: sizes.get(name, 0) for node in block.nodes for name in node.outputs if name}
     largest = max([*made.values(), *(sizes.get(name, 0) for name in block.inputs)], default=0)
-    # Kept for backward: what every node made, and what was quantized of it (a Relu or Clip before that is part of it, and keeps nothing);
-    # then the gradients at the largest, and inputs and targets.
-    parts = {name for node in block.nodes if node.op_type in ("Relu", "Clip") for name in node.outputs if name in grids}
-    kept = sum(size for name, size in made.items() if name not in parts) + sum(size for name, size in made.items() if name in grids)
+    # Kept for backward: what every node made, and what was quantized of it; then the gradients at the largest, and inputs and targets.
+    kept = sum(made.values()) + sum(size for name, size in made.items() if name in grids)
     fed = 2 * sum(sizes.get(name, 0) for name in (*block.inputs, *block.outputs))
     weights = sum(source.constants[w].nbytes for node in block.nodes if (w := source.graph.weight(node)) is not None)
     return max(batch * (kept + 2 * largest + fed) + _WEIGHT_FLOATS * weights, pass_size * _PASS_VALUES * largest)
