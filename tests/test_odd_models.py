@@ -219,7 +219,9 @@ def inputs_handed_out() -> tuple[onnx.ModelProto, Arrays]:
     nodes = [helper.make_node("Identity", ["x"], ["same"]), helper.make_node("Slice", ["x", "zero", "four", "one"], ["part"])]
     outputs = value("y", FLOAT, "N", 4), value("same", FLOAT, "N", 8), value("part", FLOAT, "N", 4)
     ends = {name: np.array([number]) for name, number in (("zero", 0), ("four", 4), ("one", 1))}
-    return two_layers(nodes, *outputs, **ends), {"x": VECTORS}
+    model = two_layers(nodes, *outputs)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in ends.items())
+    return model, {"x": VECTORS}
 
 
 MODELS = {

@@ -1,5 +1,6 @@
 """Files of older opsets compute what they did: the coordinates of Upsample and the first Resize, and Hardmax over several axes."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 
 from tests import zoo
 from toolchain import runtime
+from toolchain.config import Config
 from toolchain.errors import UnsupportedModelError
+from toolchain.pipeline import quantize
+from toolchain.rewrite_check import check_rewritten
 
 
 def same_results(model: onnx.ModelProto, folder: Path) -> None:
@@ -50,3 +54,28 @@ def test_hardmax(axis: int | None, tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=11, ir_version=4)
     y = b.op("Hardmax", b.conv("x", 3, 4), **({} if axis is None else {"axis": axis}))  # pyright: ignore[reportArgumentType]
     same_results(b.model(b.conv(y, 4, 4)), tmp_path)
+
+
+def test_a_raised_model_is_run_beside_its_file(tmp_path: Path) -> None:
+    said = check_rewritten(zoo.loaded(resized("Upsample", 9, [1.0, 1.0, 2.0, 2.0], "linear"), tmp_path), zoo.images(5))
+    assert said is not None
+    assert re.fullmatch(r"the model was raised from opset 9 to 13, and computes what the file says (exactly|to \d+ dB) on 4 samples", said)
+    assert check_rewritten(zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(5)) is None
+
+
+def test_a_raised_model_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("toolchain.raising._set_coordinates", lambda graph: None)  # ONNX's converter alone
+    source = zoo.loaded(resized("Upsample", 9, [1.0, 1.0, 2.0, 2.0], "linear"), tmp_path)
+    with pytest.raises(
+        UnsupportedModelError, match=r"raised from opset 9 to 13, and then computes something else: its output .* on 4 samples"
+    ):
+        quantize(source, zoo.images(8), Config(algorithm="mse", device="cpu"))
+
+
+def test_a_file_that_gives_other_results_each_time_cannot_be_compared(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]}, opset=9, ir_version=4)
+    y = b.op("Softmax", b.conv("x", 3, 4), axis=1)  # three nodes from opset 13 on: those behind it get other seeds
+    source = zoo.loaded(b.model(b.conv(b.op("Add", y, b.op("RandomNormalLike", y)), 4, 4)), tmp_path)
+    said = check_rewritten(source, zoo.images(4))
+    assert said is not None
+    assert "was not compared" in said

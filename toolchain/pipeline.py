@@ -20,6 +20,7 @@ from .processes import ALONE, Processes
 from .progress import Progress
 from .quant_table import QuantTable
 from .range_choice import RangeChoice
+from .rewrite_check import check_rewritten
 from .run_folder import RunFolder, Stage
 from .samples import Samples
 from .selection import match_nodes, own_precisions
@@ -36,8 +37,8 @@ class Quantized:
     """What learning hands over: the table, and how it came about.
 
     `import_error` is the worst difference of torch to ONNX Runtime in float, relative to the value's range; `islands` names the nodes that
-    are left to ONNX Runtime, with the reasons; `notes` says what was done otherwise than planned for lack of memory,
-    `ranges` which method the ranges of activations are from.
+    are left to ONNX Runtime, with the reasons; `notes` says how a rewritten model agrees with its file, and what was done otherwise than
+    planned for lack of memory; `ranges` which method the ranges of activations are from.
     """
 
     table: QuantTable
@@ -75,13 +76,14 @@ def quantize(
         processes: this one among those that learn together, each of which calls this; only the first has a run.
 
     Raises:
-        UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
+        UnsupportedModelError: ONNX Runtime cannot run the model on these samples, or what it was rewritten to computes something else.
         UsageError: a setting names what the model or the machine does not have.
         StorageError: the run folder cannot be written.
         DeviceMemoryError: the device does not hold a single sample.
     """
     laps = _Laps()
     device = pick_device(config.device)
+    rewritten = check_rewritten(source, samples)
     expected = expected_memory(source, samples, survey(source, samples, config), config)
     room = Room(expected.room_in(config.memory), run and run.path, math.inf if expected.device is None else expected.device)
     samples = samples.chosen(config.calibration_samples, config.seed)
@@ -145,7 +147,7 @@ def quantize(
         laps.seconds,
         islands,
         processes.count,
-        tuple(room.notes),
+        (*([rewritten] if rewritten is not None else []), *room.notes),
         ranges,
     )
 

@@ -15,7 +15,7 @@ _SUFFIX = "_float32"
 
 
 def in_float32(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:
-    """A model that computes in float32 wherever this one does in float16, bfloat16 or double, and what a report should say of it.
+    """A model that computes in float32 wherever this one does in float16, bfloat16 or double, and the names of what it was in.
 
     Codes of quantized values are exact in float32 and not in float16, CPUs have few 16-bit kernels, and integer kernels make float32 only.
     Doubles beside float32 weights (sizes, times) are left alone. Graph inputs and outputs keep their types: each has a Cast. A model
@@ -48,8 +48,7 @@ def in_float32(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
     nodes = [*before, *graph.node, *after]
     del graph.node[:]
     graph.node.extend(nodes)
-    what = " and ".join(names) or "16-bit"
-    return result, (f"{what} values are computed in float32; graph inputs and outputs keep their types",)
+    return result, tuple(names) or ("16-bit",)
 
 
 def _kinds(graph: onnx.GraphProto) -> frozenset[int]:

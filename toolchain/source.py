@@ -19,6 +19,7 @@ from .errors import MrecgError, UnsupportedModelError
 from .graph import WEIGHT_INPUT, Graph, Node, channel_axis, schedule
 from .normalise import normalised, read, subgraphs
 from .quant_table import Copy
+from .raising import MIN_OPSET, opset_of
 from .single_precision import in_float32
 from .stored import StoredWeight, find_stored, lift_weights
 
@@ -63,7 +64,8 @@ class SourceModel:
 
     `model` is the normalised protobuf (treated as frozen): constants are initializers, BatchNorm is folded where that is exact, every node
     has a unique name, opset >= 13. Value names, graph inputs and outputs, metadata and open axes are those of the file. `shelf` is the
-    folder of a large model's weights, which are outside of `model`; it lives as long as this.
+    folder of a large model's weights, which are outside of `model`; it lives as long as this. `rewritten` says in what the model is written
+    otherwise than the file, so that it must be held against it; None where it is not.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class SourceModel:
     inputs: tuple[InputSpec, ...]
     notes: tuple[str, ...] = ()
     shelf: large.Shelf | None = field(default=None, repr=False, compare=False)
+    rewritten: str | None = None
 
     @cached_property
     def constants(self) -> Mapping[str, np.ndarray]:
@@ -205,7 +208,11 @@ def load_source(path: str | Path) -> SourceModel:
 def _loaded(path: Path) -> SourceModel:
     model = read(path)
     quantized = next((n for n in model.graph.node if n.op_type in QUANTIZED_OPS or n.op_type.startswith("QLinear")), None)
-    model, notes = in_float32(model)
+    opset = opset_of(model)
+    model, kinds = in_float32(model)
+    changes = [f"the model was raised from opset {opset} to {MIN_OPSET}"] if opset < MIN_OPSET else []
+    changes += ["the model was brought from double precision to float32"] if "double" in kinds else []
+    notes = (f"{' and '.join(kinds)} values are computed in float32; graph inputs and outputs keep their types",) if kinds else ()
     shelf = large.Shelf() if large.weight_bytes(model) > large.OUTSIDE else None
     model = normalised(model, path, shelf.folder if shelf is not None else None)
     if shelf is None and large.weight_bytes(model) > large.OUTSIDE:  # made by nodes that were folded
@@ -229,7 +236,7 @@ def _loaded(path: Path) -> SourceModel:
         raise UnsupportedModelError(f"{path}: {_why_weightless(model, quantized)}")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _with_sample_axes(SourceModel(path, digest, model, graph, inputs, notes, shelf))
+    return _with_sample_axes(SourceModel(path, digest, model, graph, inputs, notes, shelf, " and ".join(changes) or None))
 
 
 def _why_weightless(model: onnx.ModelProto, quantized: onnx.NodeProto | None) -> str:
