@@ -1,4 +1,4 @@
-"""What makes torch fast on CPUs and what makes it slow, for the command line: settings of the whole process, and a word about its threads."""
+"""What makes torch fast on CPUs and what makes it slow: settings of the whole process, and a word about its threads."""
 
 import ctypes
 import os
