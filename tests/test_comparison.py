@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -51,8 +52,13 @@ def test_compare_runs_each_row_once(place: Path, monkeypatch: pytest.MonkeyPatch
     page = (place / "out.html").read_text(encoding="utf-8")
     assert "mrecg:modcap+qdrop" in page
     (place / "out.html").unlink()
-    redrawn = CliRunner().invoke(main, ["report", str(place / "out.json")])
+    (place / "pictures").mkdir()
+    redrawn = CliRunner().invoke(main, ["report", str(place / "out.json"), "--figures", str(place / "pictures")])
     assert redrawn.exit_code == 0, redrawn.output
+    drawn = {path.name: ElementTree.parse(path).getroot() for path in (place / "pictures").iterdir()}
+    assert drawn.keys() == {"out-w4a4-top1.svg", "out-w4a4-agreement.svg"}
+    assert all(root.get("width") == "860" and "mrecg:modcap+qdrop" in "".join(root.itertext()) for root in drawn.values())
+    assert all("--blue: #" in "".join(root.itertext()) for root in drawn.values())  # with their own colours
     assert (place / "out.html").read_text(encoding="utf-8") == page  # from the results file alone
     assert CliRunner().invoke(main, ["report", str(place / "out.json"), "--overlay", str(place / "out.json")]).exit_code == 2
     made: list[Config] = []

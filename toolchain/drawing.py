@@ -1,5 +1,6 @@
 """Shapes in pixels from the top left corner, and their SVG; `plot.png` draws the same ones as pixels."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -93,17 +94,24 @@ class Drawing:
     description: str
     shapes: Sequence[Shape]
 
-    def svg(self, standalone: bool = False) -> str:
-        """As SVG; `standalone` for a file of its own: with the colours that a page would bring, a background, and twice the size."""
-        ground = size = ""
-        if standalone:
-            size = f' width="{2 * self.width:g}" height="{2 * self.height:g}"'
-            ground = f"<style>{STYLE} text {{ font-family: system-ui, sans-serif }}</style>"
-            ground += f'<rect width="{self.width:g}" height="{self.height:g}" fill="var(--paper)"/>'
+    def svg(self) -> str:
+        """As SVG for a page, which brings the colours."""
         return (
-            f'<svg viewBox="0 0 {self.width:g} {self.height:g}"{size} role="img" aria-label="{escape(self.description)}" '
-            f'xmlns="http://www.w3.org/2000/svg">{ground}{"".join(shape.svg() for shape in self.shapes)}</svg>'
+            f'<svg viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(self.description)}" '
+            f'xmlns="http://www.w3.org/2000/svg">{"".join(shape.svg() for shape in self.shapes)}</svg>'
         )
+
+
+def standalone(svg: str, ground: str = "paper", scale: float = 1.0) -> str:
+    """An SVG of a page as a file of its own: with the colours that the page brings, a background of this colour, and a size."""
+    opening = re.match(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)"', svg)
+    assert opening is not None
+    width, height = map(float, opening.groups())
+    head = svg[: svg.index(">") + 1]
+    style = f"<style>{STYLE} text {{ font-family: system-ui, sans-serif }}</style>"
+    back = f'<rect width="{width:g}" height="{height:g}" fill="var(--{ground})"/>'
+    sized = f'{opening[0]} width="{scale * width:g}" height="{scale * height:g}"'
+    return sized + head[opening.end() :] + style + back + svg[len(head) :] + "\n"
 
 
 def _title(text: str) -> str:

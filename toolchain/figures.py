@@ -158,14 +158,17 @@ def comparison(lines: list[dict[str, Any]], precision: str, key: str) -> str:
         for y, line in enumerate(chosen):
             axes.errorbar(line[key], y, xerr=line[f"{key}_spread"], color=BLUE, marker="o", markersize=6, capsize=4, linewidth=1.6)
         axes.set_yticks(range(len(chosen)), [line["method"] for line in chosen])
-        axes.set_ylim(len(chosen) - 0.5, -0.5)
+        axes.set_ylim(len(chosen) - 0.5, -1.2)  # room for the word on top of the line
+        if key == "top1":
+            plot.mark(axes, chosen[0]["top1_float"], "float", INK)
+            axes.margins(x=0.08)
         axes.grid(axis="x")
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(
             {"top1": "top-1 accuracy, %", "agreement": "agreement with the float model, %", "sqnr": "SQNR of the output, dB"}[key]
         )
 
-    return plot.picture(f"comparison-{precision}-{key}", f"{key} of the methods at {precision}", draw, 80 + 24 * len(chosen))
+    return plot.picture(f"{precision}-{key}", f"{key} of the methods at {precision}", draw, 96 + 24 * len(chosen))
 
 
 def loss_lines(lines: list[dict[str, Any]]) -> str:
@@ -179,7 +182,7 @@ def loss_lines(lines: list[dict[str, Any]]) -> str:
         _scale(axes, [loss for line in lines for loss in line["losses"]])
         _legend(axes, *axes.get_legend_handles_labels(), 3)
 
-    return plot.picture("study-oscillation", "loss along the network by method", draw, 320)
+    return plot.picture("oscillation", "loss along the network by method", draw, 320)
 
 
 def scatter(name: str, finding: dict[str, Any]) -> str:
@@ -191,13 +194,13 @@ def scatter(name: str, finding: dict[str, Any]) -> str:
         axes.set_xlabel(finding["x"])
         axes.set_ylabel(finding["y"])
 
-    return plot.picture(f"study-{name}", f"{finding['y']} against {finding['x']}", draw, 300)
+    return plot.picture(name, f"{finding['y']} against {finding['x']}", draw, 300)
 
 
 def data_series(finding: dict[str, Any]) -> str:
     """Accuracy against batch size and sample count; bars are half the 95 % intervals of the differences from the last run."""
     parts = []
-    for index, (name, points) in enumerate(finding["series"].items()):
+    for name, points in finding["series"].items():
 
         def draw(axes: Axes, name: str = name, points: Sequence[Sequence[float]] = points) -> None:
             sizes, accuracies, margins = zip(*points, strict=True)
@@ -208,7 +211,7 @@ def data_series(finding: dict[str, Any]) -> str:
             axes.set_xlabel(name)
             axes.set_ylabel("top-1 accuracy, %" if finding["metric"] == "top1" else "agreement, %")
 
-        parts.append(plot.picture(f"study-data{index}", f"accuracy against {name}", draw, 240))
+        parts.append(plot.picture(f"data-{name.replace(' ', '-')}", f"accuracy against {name}", draw, 240))
     return "".join(parts)
 
 
@@ -223,7 +226,7 @@ def neighbours(finding: dict[str, Any]) -> str:
         axes.set_ylabel("reconstruction loss")
         _legend(axes, [Line2D([], [], color=color) for color in (BLUE, RED)], ["rises", "falls"], 2)
 
-    return plot.picture("study-theorem", "loss between equivalent neighbours", draw, 280)
+    return plot.picture("theorem", "loss between equivalent neighbours", draw, 280)
 
 
 def _places(report: dict[str, Any]) -> dict[str, tuple[int, int]]:

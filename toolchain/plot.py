@@ -17,7 +17,7 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path
 from matplotlib.transforms import blended_transform_factory
 
-from .drawing import LIGHT, Box, Curve, Drawing
+from .drawing import LIGHT, Box, Curve, Drawing, standalone
 
 # Stand-ins that matplotlib can parse, and the variable that takes each one's place.
 INK, MUTED, LINE, PAPER = "#010100", "#010200", "#010300", "#010400"
@@ -67,7 +67,13 @@ def picture(name: str, description: str, draw: Draw, height: int = 300) -> str:
         height: of the picture in pixels.
     """
     wide, narrow = (svg(f"{name}-{kind}", description, draw, width, height) for kind, width in (("w", WIDE), ("n", NARROW)))
-    return f'<figure class="plot"><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+    return f'<figure class="plot" id="{name}"><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+
+
+def pictures(page: str) -> dict[str, str]:
+    """The pictures of a page by name, each as an SVG file of its own, as wide screens show them."""
+    found = re.finditer(r'<figure class="plot" id="([^"]+)"><div class="wide">(.*?)</div>', page, flags=re.DOTALL)
+    return {match[1]: standalone(match[2], "card") for match in found}
 
 
 def svg(name: str, description: str, draw: Draw, width: int, height: int, margins: tuple[int, int] | None = None) -> str:

@@ -82,12 +82,13 @@ def _drawn(facts: dict[str, Any], format_: str) -> str:
     """What `inspect` found, as text of one format."""
     from .. import report, terminal
     from ..block_picture import block_picture
+    from ..drawing import standalone
     from ..page import inspect_page
 
     if format_ == "html":
         return inspect_page(report.finite(facts))
     if format_ == "svg":
-        return block_picture(facts).svg(standalone=True) + "\n"
+        return standalone(block_picture(facts).svg(), scale=2)
     if format_ == "json":
         return report.as_json(facts)
     console = Console(file=io.StringIO(), width=_FILE_COLUMNS, highlight=False, record=True)

@@ -14,8 +14,9 @@ from .options import EXIT_CODES, PATH
 @click.argument("report_file", metavar="REPORT.json", type=PATH)
 @click.option("--overlay", type=PATH, metavar="OTHER.json", help="Report of another run of the same model, whose losses are drawn too.")
 @click.option("-o", "--output", type=PATH, help="The page. Default: beside REPORT.json, ending in .html.")
+@click.option("--figures", type=PATH, metavar="FOLDER", help="Write each figure of the page as an SVG file there too.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-def report_command(report_file: Path, overlay: Path | None, output: Path | None, verbose: bool) -> None:
+def report_command(report_file: Path, overlay: Path | None, output: Path | None, figures: Path | None, verbose: bool) -> None:
     """Draw a page again from REPORT.json: that of a `quantize` run, alone or with another run's losses over it, or the results file of
     `compare` and `study`.
 
@@ -23,12 +24,15 @@ def report_command(report_file: Path, overlay: Path | None, output: Path | None,
     mrecg-onnx quantize net.onnx --units none -o plain.onnx ...
     mrecg-onnx quantize net.onnx --units loss -o joined.onnx ...
     mrecg-onnx report joined.report/report.json --overlay plain.report/report.json
+    mrecg-onnx report study.json --figures pictures/
     """
     with reported(verbose):
-        from .. import comparison, report
+        from .. import comparison, plot, report
         from ..experiments_page import experiments_page
         from ..page import report_page
 
+        if figures is not None and not figures.is_dir():
+            raise UsageError(f"--figures {figures}: the folder does not exist")
         found = report.load_json(report_file)
         of_experiments = comparison.are_results(found)
         if of_experiments and overlay is not None:
@@ -42,6 +46,11 @@ def report_command(report_file: Path, overlay: Path | None, output: Path | None,
         place = output or report_file.with_suffix(".html")
         report.write_text(place, page)
         click.echo(f"wrote {place}")
+        if figures is not None:
+            drawn = plot.pictures(page)
+            for name, svg in drawn.items():
+                report.write_text(figures / f"{report_file.stem}-{name}.svg", svg)
+            click.echo(f"wrote {len(drawn)} figures to {figures}")
 
 
 def _runs(report_file: Path, overlay: Path | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
