@@ -1,6 +1,8 @@
 """Comparisons and studies: equal terms, resumable, and verdicts that follow the numbers, also against the claim."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -70,6 +72,23 @@ def test_compare_runs_each_row_once(place: Path, monkeypatch: pytest.MonkeyPatch
     assert json.loads(again.stdout)["summary"] == json.loads((place / "out.json").read_text())["comparison"]["lines"]
     invoke("compare", place, "--methods", "mse", "--seeds", "1", "--weight-range", "minmax")
     assert made[-1].weight_range == "minmax"  # other settings, another row
+
+
+@pytest.mark.parametrize(("how", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_an_interruption_keeps_the_runs_that_ended(how: int, code: int, word: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script starts with Ctrl-C ignored
+    original = comparison.measured
+
+    def stopped(*arguments: Any) -> dict[str, Any]:
+        if arguments[3].seed == 1:
+            os.kill(os.getpid(), how)
+        return original(*arguments)
+
+    monkeypatch.setattr(comparison, "measured", stopped)
+    result = invoke("compare", place, "--methods", "minmax", "--seeds", "0,1")
+    assert result.exit_code == code
+    assert f"{word}; {place / 'out.json'} has the runs that ended, and the same command goes on from there" in result.output
+    assert [row["seed"] for row in json.loads((place / "out.json").read_text())["rows"]] == [0]
 
 
 @pytest.mark.parametrize(

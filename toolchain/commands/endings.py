@@ -3,9 +3,8 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -64,18 +63,19 @@ def _terminate(_number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def interruptible(run_path: Path) -> Iterator[None]:
-    """Make SIGTERM an interruption like Ctrl-C, say what is left to resume, and leave no folder that holds nothing."""
+def interruptible(left: Callable[[], str]) -> Iterator[None]:
+    """Make SIGTERM an interruption like Ctrl-C.
+
+    `left` is called when the work breaks off, by an error too; for interruptions it says what there is to go on from ("": nothing).
+    """
     handles = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _terminate) if handles else None
     try:
         yield
     except BaseException as error:
-        from ..run_folder import discard_if_empty, holds_run, progress_of
-
-        discard_if_empty(run_path)
-        if isinstance(error, KeyboardInterrupt) and holds_run(run_path):
-            raise type(error)(f" {progress_of(run_path)}; --resume continues") from None
+        text = left()
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(text) from None
         raise
     finally:
         if handles:

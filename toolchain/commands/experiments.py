@@ -15,7 +15,7 @@ from ..data_config import DataConfig
 from ..errors import UsageError, near_misses
 from ..option import flag
 from ..processes import Processes
-from .endings import reported
+from .endings import interruptible, reported
 from .files import calibration_at, samples_at
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 from .shown import Shown
@@ -65,7 +65,7 @@ def compare(
     mrecg-onnx compare net.onnx --calibration-data calib.npz --eval-data eval.npz \\
         --methods mse,brecq,mrecg+brecq --precisions w4a4,w2a4 --preset fast -o compare.json
     """
-    with reported(verbose):
+    with reported(verbose), interruptible(lambda: _left(output)):
         from .. import comparison, report, terminal
         from ..baselines.zeroq import statistics_of
         from ..experiments_page import experiments_page
@@ -111,7 +111,7 @@ def study(
 
     Runs that RESULTS.json has already are not made again.
     """
-    with reported(verbose):
+    with reported(verbose), interruptible(lambda: _left(output)):
         from .. import comparison, report, terminal
         from ..capacity import mergeable
         from ..experiments_page import experiments_page
@@ -173,6 +173,11 @@ def _experiment(
         lambda seed, progress: synthetic_samples(source, data.synthetic_samples, seed, data.size, config.device, progress),
     )
     return source, calibration, distilled, samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples), config
+
+
+def _left(output: Path) -> str:
+    """What an experiment that broke off goes on from, in words."""
+    return f"; {output} has the runs that ended, and the same command goes on from there" if output.exists() else ""
 
 
 def _writer(source: "SourceModel") -> "Callable[[QuantTable, Config, Path], None]":

@@ -105,7 +105,7 @@ def quantize(
             if not dry_run:
                 _assist(model, config, data, processes)
             return
-        with interruptible(run_path):
+        with interruptible(lambda: _left(run_path)):
             _quantize(model, output, folder, run_path, config, data, mode, Shown(as_json, verbose, quiet), processes)
 
 
@@ -119,6 +119,14 @@ class _Mode:
     dry_run: bool
     sensitivity: bool | None
     encodings: Path | None = None
+
+
+def _left(run_path: Path) -> str:
+    """What a run that broke off left to go on from, in words; a folder that holds nothing does not stay."""
+    from ..run_folder import discard_if_empty, holds_run, progress_of
+
+    discard_if_empty(run_path)
+    return f" {progress_of(run_path)}; --resume continues" if holds_run(run_path) else ""
 
 
 def _assist(model: Path, config: Config, data: DataConfig, processes: Processes) -> None:
