@@ -183,11 +183,21 @@ def test_json_goes_to_standard_output_and_progress_to_standard_error(place: Path
     assert json.loads(quantize(place, "--json", "--dry-run", "--overwrite").stdout)["plan"]["units"]
 
 
-def test_completion_offers_the_choices() -> None:
-    environment = {"_MRECG_ONNX_COMPLETE": "bash_complete", "COMP_WORDS": "mrecg-onnx quantize --algorithm q", "COMP_CWORD": "3"}
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("quantize --algorithm q", ["plain,qdrop"]),
+        ("inspect --format ht", ["plain,html"]),
+        ("export --target op", ["plain,openvino"]),
+        ("quantize --calibration-data imag", ["file,imag"]),
+        ("diagnose --data cal", ["file,cal"]),
+        ("repo", ["plain,report"]),
+    ],
+)
+def test_completion_offers_commands_choices_and_files(words: str, offered: list[str]) -> None:
+    environment = {"_MRECG_ONNX_COMPLETE": "bash_complete", "COMP_WORDS": f"mrecg-onnx {words}", "COMP_CWORD": str(len(words.split()))}
     result = CliRunner().invoke(main, [], prog_name="mrecg-onnx", env=environment)
-    assert "qdrop" in result.output
-    assert "adaround" not in result.output
+    assert result.output.split() == offered
 
 
 def test_inspect_json_and_open_axes(place: Path) -> None:

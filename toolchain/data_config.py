@@ -19,11 +19,12 @@ class DataConfig:
         "Calibration samples: .npz (arrays by input name), .npy, an image folder, or module:function; `synthetic` makes some from the "
         "statistics of BatchNorm layers (ZeroQ), where there are no real ones.",
         "data",
+        is_file=True,
     )
     synthetic_samples: int = option(64, "Samples to make with --calibration-data synthetic.", "data", low=1)
-    eval_data: str | None = option(None, "Evaluation samples, with labels where accuracy is wanted; same forms.", "data")
+    eval_data: str | None = option(None, "Evaluation samples, with labels where accuracy is wanted; same forms.", "data", is_file=True)
     eval_samples: int | None = option(None, "Most evaluation samples to use; default all.", "data", low=1)
-    labels: str | None = option(None, "CSV of `file name,class number` for an evaluation image folder.", "data")
+    labels: str | None = option(None, "CSV of `file name,class number` for an evaluation image folder.", "data", is_file=True)
     max_drop: float | None = option(
         None, "Largest drop allowed, in points of top-1 (of agreement without labels); more gives exit code 6.", "data", low=0.0, high=100.0
     )

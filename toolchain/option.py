@@ -7,7 +7,7 @@ from .errors import UsageError, near_misses
 
 
 def option(default: Any, help_text: str, section: str, **bounds: Any) -> Any:
-    """A field with its help text, the section of `--help` it belongs to, and what it may be (choices, low, high)."""
+    """A field with its help text, the section of `--help` it belongs to, and what it may be (choices, low, high, is_file)."""
     return dataclasses.field(default=default, metadata={"help": help_text, "section": section, **bounds})
 
 

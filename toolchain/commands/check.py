@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from ..errors import TargetRuleError, UnsupportedModelError, UsageError, near_misses
 from .endings import reported
-from .options import EXIT_CODES, PATH
+from .options import EXIT_CODES, PATH, Option
 
 if TYPE_CHECKING:
     from exporters.check import Violation
@@ -22,7 +22,9 @@ _NAMED = 3  # nodes of one rule, without --verbose
 
 @click.command(epilog=EXIT_CODES, short_help="Hold a QDQ file of any tool against a runtime's rules.")
 @click.argument("file", type=PATH)
-@click.option("--target", required=True, metavar="tensorrt|openvino|qnn|ort-cpu|portable", help="Runtime whose rules are checked.")
+@click.option(
+    "--target", cls=Option, required=True, metavar="tensorrt|openvino|qnn|ort-cpu|portable", help="Runtime whose rules are checked."
+)
 @click.option("-v", "--verbose", is_flag=True, help="Name every node of each rule, and show tracebacks.")
 def check(file: Path, target: str, verbose: bool) -> None:
     """Check FILE, a QDQ model from any tool, against the rules that a runtime's parser documents; name each violation and its node.

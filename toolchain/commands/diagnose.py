@@ -10,7 +10,7 @@ from ..data_config import DataConfig
 from ..errors import UsageError
 from .endings import reported
 from .files import samples_at
-from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
+from .options import EXIT_CODES, PATH, Option, SectionedCommand, config_options, given
 from .shown import Shown
 
 _MOST_LAYERS = 15  # in the table
@@ -19,7 +19,9 @@ _MOST_LAYERS = 15  # in the table
 @click.command("diagnose", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Where a quantized file's error enters; what to try next.")
 @click.argument("float_model", metavar="FP32", type=PATH)
 @click.argument("quantized_model", metavar="QDQ", type=PATH)
-@click.option("--data", "place", metavar="DATA", help="Samples to run: .npz, .npy, an image folder, or module:function.")
+@click.option(
+    "--data", "place", cls=Option, is_file=True, metavar="DATA", help="Samples to run: .npz, .npy, an image folder, or module:function."
+)
 @click.option(
     "--samples", type=int, default=16, show_default=True, help="Most samples to use; every compared value is held for all of them."
 )

@@ -13,7 +13,7 @@ from ..errors import TargetRuleError, UsageError, near_misses
 from ..scheme import TARGETS
 from .endings import reported
 from .files import check_loads, check_output
-from .options import EXIT_CODES, PATH
+from .options import EXIT_CODES, PATH, Option
 
 if TYPE_CHECKING:
     import onnx
@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 @click.command(epilog=EXIT_CODES, short_help="Write a learned table for another target.")
 @click.argument("model", type=PATH)
 @click.argument("table", type=PATH)
-@click.option("--target", metavar="|".join(TARGETS), help="Runtime to export for. Default: the one that the table was learned for.")
-@click.option("--storage", metavar="fast|small", help="How weights below 8 bits are stored. Default: the target's.")
-@click.option("--format", "format_", metavar="onnx|aimet", default="onnx", show_default=True, help="QDQ file, or float file and encodings.")
+@click.option(
+    "--target", cls=Option, metavar="|".join(TARGETS), help="Runtime to export for. Default: the one that the table was learned for."
+)
+@click.option("--storage", cls=Option, metavar="fast|small", help="How weights below 8 bits are stored. Default: the target's.")
+@click.option(
+    "--format",
+    "format_",
+    cls=Option,
+    metavar="onnx|aimet",
+    default="onnx",
+    show_default=True,
+    help="QDQ file, or float file and encodings.",
+)
 @click.option("-o", "--output", type=PATH, required=True, help="The file to write; with --format aimet, its encodings go beside it.")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")

@@ -12,7 +12,7 @@ from rich.console import Console
 from ..config import Config
 from ..errors import UsageError
 from .endings import reported
-from .options import EXIT_CODES, PATH
+from .options import EXIT_CODES, PATH, Option
 
 _FILE_COLUMNS = 120  # of a table that is written to a file
 _FORMATS = ("table", "json", "html", "svg", "png")
@@ -24,11 +24,17 @@ _FORMATS = ("table", "json", "html", "svg", "png")
     "--input-shape", multiple=True, metavar="NAME:3x224x224", help="Shape of one sample of an input whose axes are open. Repeatable."
 )
 @click.option(
-    "--units", metavar="modcap|transitions", default="modcap", show_default=True, help="Selector for the proposed units (data-free)."
+    "--units",
+    cls=Option,
+    metavar="modcap|transitions",
+    default="modcap",
+    show_default=True,
+    help="Selector for the proposed units (data-free).",
 )
 @click.option(
     "--format",
     "format_",
+    cls=Option,
     metavar="table|json|html|svg|png",
     help="A table, the facts, a page, or the picture of the blocks alone. Default: what --output ends in, else table.",
 )

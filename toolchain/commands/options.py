@@ -1,11 +1,12 @@
 """The options of the commands: those that follow from the configuration, their help in sections, and what was given of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import click
+from click.shell_completion import CompletionItem
 
 from ..option import flag
 
@@ -42,16 +43,17 @@ class SectionedCommand(click.Command):
                     formatter.write_dl(grouped[title])
 
 
-class _Option(click.Option):
-    def __init__(self, *args: Any, section: str = "Options", **kwargs: Any) -> None:
+class Option(click.Option):
+    """An option with its section of `--help`, for which shells offer the words of its metavar (`a|b|c`), or files."""
+
+    def __init__(self, *args: Any, section: str = "Options", is_file: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.section = section
+        self.section, self._is_file = section, is_file
 
-
-def _completing(choices: Iterable[Any] | None) -> Callable[[click.Context, click.Parameter, str], list[str]] | None:
-    """What the shell offers for an option: its choices; None leaves it to the option's type (paths, numbers)."""
-    known = [str(choice) for choice in choices or ()]
-    return (lambda context, parameter, incomplete: [word for word in known if word.startswith(incomplete)]) if known else None
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        if self.metavar is not None and "|" in self.metavar:
+            return [CompletionItem(word) for word in self.metavar.split("|") if word.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="file")] if self._is_file else super().shell_complete(ctx, incomplete)
 
 
 def config_options(
@@ -73,11 +75,11 @@ def config_options(
                     shown = ("off", "on")[spec.default] if isinstance(spec.default, bool) else spec.default
                     text += f"  [default: {shown}]"
                 common: dict[str, Any] = {
-                    "shell_complete": _completing(choices),
                     "default": None,
                     "help": text,
                     "section": _SECTIONS[spec.metadata["section"]],
-                    "cls": _Option,
+                    "cls": Option,
+                    "is_file": spec.metadata.get("is_file", False),
                     "hidden": spec.name in hidden,
                 }
                 name = flag(spec.name)
