@@ -11,8 +11,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from tests import zoo
 from toolchain import runtime
+from toolchain.config import Config
 from toolchain.errors import UnsupportedModelError
 from toolchain.islands import find_islands
+from toolchain.pipeline import quantize
 from toolchain.source import infer_types, load_source
 
 SAMPLE = Path(__file__).parent.parent / "sample_models" / "mobilenetv2_x0.5_cifar10.onnx"
@@ -115,6 +117,23 @@ def test_a_fixed_batch_can_be_run_on_any(tmp_path: Path) -> None:
     types = infer_types(source, {"x": (3, 8, 8)})
     assert types.shapes[source.graph.outputs[0]] == (5,)
     assert source.graph.outputs[0] in types.batched
+
+
+def test_layers_that_share_a_bias_have_one_each(tmp_path: Path) -> None:
+    """A head over two feature maps: one weight, and a bias whose int32 steps differ with the maps."""
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    b.constant("w", np.ones((4, 3, 3, 3), np.float32))
+    b.constant("b", np.ones(4, np.float32))
+    b.constant("b_1", np.ones((4, 3, 3, 3), np.float32))
+    small = b.op("MaxPool", "x", kernel_shape=[2, 2], strides=[2, 2])
+    heads = [b.op("GlobalMaxPool", b.op("Conv", x, weight, "b")) for x, weight in (("x", "w"), (small, "w"), ("x", "b_1"))]
+    model = b.model(b.op("Concat", *heads, axis=1))
+    source = zoo.loaded(model, tmp_path)
+    assert [node.inputs[1:] for node in source.graph.weighted] == [("w", "b"), ("w", "b_2"), ("b_1", "b_3")]
+    found = quantize(source, zoo.images(8), Config(algorithm="mse", device="cpu"))
+    assert {"b", "b_2", "b_3"} <= found.placement.biases.keys()
+    x = zoo.images(2).inputs
+    np.testing.assert_array_equal(outputs(source.model, x)[0], outputs(model, x)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """From an ONNX file to a checked protobuf in the one form that every later stage works on."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from onnx import inliner, numpy_helper, shape_inference
 
 from . import large, runtime
 from .errors import UnsupportedModelError
+from .graph import BIAS_INPUT
 from .raising import MIN_OPSET, opset_of, raised
 
 # Of `exporters.qdq`.
@@ -89,6 +91,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _make_dense(model.graph)
     _restore_weight_names(model.graph, original_names)
     _free_export_names(model.graph)
+    _give_own_biases(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
     _open_batch(model)
@@ -111,6 +114,29 @@ def _restore_weight_names(graph: onnx.GraphProto, original: set[str]) -> None:
         for index, value in enumerate(node.input):
             if value in renamed:
                 node.input[index] = renamed[value]
+
+
+def _give_own_biases(graph: onnx.GraphProto) -> None:
+    """A copy of a bias for each layer that shares it but the first: its int32 steps are those of the layer's own input and weight.
+
+    Heads that go over several feature maps share theirs, and exporters join those that are equal (zeros).
+    """
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    taken = {*tensors, *(value.name for value in graph.input), *(value for node in graph.node for value in node.output)}
+    seen: set[str] = set()
+    for node in graph.node:
+        index = BIAS_INPUT.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        bias = node.input[index] if index is not None and index < len(node.input) else ""
+        if bias not in tensors:
+            continue
+        if bias in seen:
+            name = next(name for number in itertools.count(1) if (name := f"{bias}_{number}") not in taken)
+            taken.add(name)
+            node.input[index] = name
+            own = graph.initializer.add()
+            own.CopyFrom(tensors[bias])
+            own.name = name
+        seen.add(bias)
 
 
 def _order_initializers(graph: onnx.GraphProto) -> None:
