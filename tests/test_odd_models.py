@@ -1,6 +1,7 @@
 """Models that are unusual in one thing each go through the whole command: quantized, written, run and reported."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
 from toolchain.cli import main
+from toolchain.config import Config
+from toolchain.pipeline import quantize
+from toolchain.samples import Samples, check_samples
+from toolchain.source import load_source
 
 RNG = np.random.default_rng(0)
 Arrays = dict[str, np.ndarray]
@@ -224,11 +229,28 @@ def inputs_handed_out() -> tuple[onnx.ModelProto, Arrays]:
     return model, {"x": VECTORS}
 
 
+def halves() -> tuple[onnx.ModelProto, Arrays]:
+    model, samples = doubles()
+    for entry in (*model.graph.input, *model.graph.output):
+        entry.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return model, {"x": samples["x"].astype(np.float16)}
+
+
+def fixed_rows() -> tuple[onnx.ModelProto, Arrays]:
+    """Four samples in each run, alike to the model, and never another number of them: a constant was expanded to four rows."""
+    nodes = [helper.make_node("Add", ["x", "rows"], ["s"]), helper.make_node("MatMul", ["s", "w"], ["y"])]
+    rows = np.repeat(RNG.normal(size=(1, 8)), 4, axis=0).astype(np.float32)
+    weight = RNG.normal(size=(8, 4)).astype(np.float32)
+    return made(nodes, [value("x", FLOAT, 4, 8)], [value("y", FLOAT, 4, 4)], {"rows": rows, "w": weight}), {"x": VECTORS}
+
+
 MODELS = {
     builder.__name__: builder
     for builder in (
         constant_outputs, class_maps, unequal_sequence, strings_in, strange_names, infinite_weight, sparse, stacked_weights, folded_windows,
-        causal_mask, steps_first, one_sequence, one_image, one_vector, doubles, inputs_handed_out,
+        causal_mask, steps_first, one_sequence, one_image, one_vector, doubles, halves, inputs_handed_out, fixed_rows,
     )
 }  # fmt: skip
 EXACT = {"inputs_handed_out": {"same", "part"}}
@@ -256,3 +278,15 @@ def test_quantized_and_reported(name: str, tmp_path: Path) -> None:
     assert list(facts["validation"]["sqnr"]) == [output.name for output in model.graph.output]
     written = ort.InferenceSession(str(tmp_path / "q.onnx"), providers=["CPUExecutionProvider"])
     assert [entry.name for entry in written.get_outputs()] == [output.name for output in model.graph.output]
+
+
+@pytest.mark.parametrize("name", ["doubles", "halves", "fixed_rows", "one_image"])
+def test_learned(name: str, tmp_path: Path) -> None:
+    """Learning takes these models as rounding to nearest does: mini-batches mix streams of any float type, and keep to a fixed batch."""
+    model, samples = MODELS[name]()
+    onnx.save(model, tmp_path / "m.onnx")
+    source = load_source(tmp_path / "m.onnx")
+    fed = check_samples(Samples(samples), source.inputs, "")
+    found = quantize(source, fed, Config(weight_bits=4, activation_bits=8, iterations=4, batch_size=8, device="cpu"))
+    assert all(math.isfinite(result.loss_after) for result in found.results)
+    assert found.results

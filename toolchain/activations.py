@@ -37,7 +37,7 @@ class Passes:
     """How samples go through a model: `size` of `count` in each forward pass; `stacked` names the values that are arrays of samples.
 
     `room` is where values of all samples are kept, `float_type` what those are kept as that are on no grid.
-    `device` is where they are computed with, wherever they are kept.
+    `device` is where they are computed with, wherever they are kept. `is_fixed`: the model takes so many together only.
     """
 
     count: int
@@ -46,6 +46,7 @@ class Passes:
     room: Room = field(default_factory=Room)
     float_type: torch.dtype = torch.float32
     device: torch.device = CPU
+    is_fixed: bool = False
 
     def __iter__(self) -> Iterator[slice]:
         return (slice(start, min(start + self.size, self.count)) for start in range(0, self.count, self.size))
@@ -135,7 +136,8 @@ class TorchModel:
         """Start a stream at the graph inputs: the float one, or (with a table) the quantized one."""
         axes = self.source.axes
         size = 1 if runtime.differing(inputs, axes) else self.size
-        passes = Passes(len(next(iter(inputs.values()), "1")), size, self.types.stacked, self.room, self.float_type, self.device)
+        count, is_fixed = len(next(iter(inputs.values()), "1")), self.types.batch is not None
+        passes = Passes(count, size, self.types.stacked, self.room, self.float_type, self.device, is_fixed)
         observe = quantizing(table) if table is not None else None
         values: dict[str, Value] = {}
         for name, array in inputs.items():
@@ -252,8 +254,8 @@ def _made(
         return piece({**part, **constants}, observe)
     except torch.OutOfMemoryError:
         size = max((len(value) for value in part.values() if isinstance(value, torch.Tensor) and value.dim()), default=0)
-        if size < 2 or not {*part, *piece.block.outputs} <= passes.stacked:
-            raise  # one sample alone, or values that know how many samples there are
+        if size < 2 or passes.is_fixed or not {*part, *piece.block.outputs} <= passes.stacked:
+            raise  # one sample alone, or values or a model that know how many samples there are
     passes.room.note(
         f"block {piece.block.name} did not fit the device's memory with {size} samples in a forward pass: it was run with fewer"
     )

@@ -16,8 +16,8 @@ class Draw:
     """Mini-batches of a unit's inputs and targets: samples at random where all of them are arrays of samples.
 
     Otherwise whole forward passes at random, as many as it takes (the fixed batches of the MRECG release): a value that knows the number of
-    samples in a pass, such as a shape, fits no other selection. Of rows, each process takes its share, in parts where there are `splits`;
-    whole passes each process takes all.
+    samples in a pass, such as a shape, fits no other selection, and neither does a model of a fixed batch. Of rows, each process takes its
+    share, in parts where there are `splits`; whole passes each process takes all.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Draw:
         self.shares = output_shares(targets, passes)
         self._targets = {name: targets[name] for name in self.shares}
         self._batch_size = batch_size
-        self._by_pass = any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
+        self._by_pass = passes.is_fixed or any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
         self._splits = splits
         self.generator, self.device = generator, generator.device
         # Drawn on the host, so that values that are kept there are gathered while the device computes.
@@ -94,7 +94,7 @@ def _mixed(quantized: torch.Tensor, floats: torch.Tensor, coins: Coins) -> torch
     if floats.stride() != quantized.stride():
         floats = torch.empty_like(quantized).copy_(floats)
     tiles = Tiles(quantized)
-    keep, coins = tiles.buffer(), coins.over(quantized)
+    keep, coins = tiles.buffer().to(quantized.dtype), coins.over(quantized)
     for ours, theirs in tiles.of(quantized, floats):
         torch.lerp(theirs, ours, coins.toss(keep[: len(ours)]), out=ours)
     return quantized

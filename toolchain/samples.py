@@ -172,7 +172,8 @@ def _check_array(array: np.ndarray, spec: InputSpec, where: str) -> None:
     own = array.shape if array.ndim == len(spec.shape) or spec.axis is not None else array.shape[1:]
     fits = len(own) == len(wanted) and all(not isinstance(want, int) or want == got for want, got in zip(wanted, own, strict=True))
     if not fits:
-        raise DataError(f"{where}: input {spec.name!r} expects shape {_dims(wanted)}, got {_dims(array.shape)}")
+        several = f" for all samples, or {_dims(['N', *wanted])}" if spec.axis is None else ""
+        raise DataError(f"{where}: input {spec.name!r} expects shape {_dims(wanted)}{several}, got {_dims(array.shape)}")
     if array.size == 0:
         raise DataError(f"{where}: input {spec.name!r} has no samples (shape {_dims(array.shape)})")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
