@@ -212,7 +212,7 @@ def data_series(finding: dict[str, Any]) -> str:
             axes.set_ylabel("top-1 accuracy, %" if finding["metric"] == "top1" else "agreement, %")
 
         parts.append(plot.picture(f"data-{name.replace(' ', '-')}", f"accuracy against {name}", draw, 240))
-    return "".join(parts)
+    return "".join(parts) + "<p class=muted>Bars: half the 95 % interval of the difference from the last point, over the samples.</p>"
 
 
 def neighbours(finding: dict[str, Any]) -> str:
