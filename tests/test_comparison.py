@@ -226,6 +226,9 @@ def test_correlation_verdicts(slope: float, holds: bool | None) -> None:
     found = study.findings(["final-error"], rows)["final-error"]
     assert found["holds"] is holds, found["verdict"]
     assert len(found["points"]) == 20
+    assert found["verdict"].endswith("in 20 of 20 schemes the largest is that of the unit before the last.")
+    peaked = [row("s", [p, 1.0, 1 + slope * p + n], "schemes") for p, n in zip(peaks.tolist(), noise.tolist(), strict=True)]
+    assert "; in 0 of 20 schemes the largest" in study.findings(["final-error"], peaked)["final-error"]["verdict"]
 
 
 def test_data_verdict_needs_more_than_noise() -> None:
