@@ -88,5 +88,5 @@ def _mean(line: dict[str, Any], key: str) -> str:
     value, spread = line[key], line[f"{key}_spread"]
     if value is None:
         return ""
-    form, form_of_spread = (".4g", ".2g") if key == "units_after" else (".2f", ".2f")  # losses have any magnitude
-    return f"{value:{form}}" + (f" ± {spread:{form_of_spread}}" if spread is not None else "")
+    form = ".3g" if key == "units_after" else ".2f"
+    return f"{value:{form}}" + (f" ± {spread:{form}}" if spread is not None else "")
