@@ -127,7 +127,7 @@ def _give_own_biases(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         index = BIAS_INPUT.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         bias = node.input[index] if index is not None and index < len(node.input) else ""
-        if bias not in tensors:
+        if index is None or bias not in tensors:
             continue
         if bias in seen:
             name = next(name for number in itertools.count(1) if (name := f"{bias}_{number}") not in taken)
