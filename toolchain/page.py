@@ -34,7 +34,7 @@ def report_page(report: dict[str, Any], baseline: dict[str, Any] | None = None) 
         lambda: _blocks(report),
         lambda: _run(report),
     )
-    text = f"For {config['target']}. {report['conventions']['algorithm']}. Units: {report['plan']['why']}."
+    text = f"For {config['target']}. {report['conventions']['algorithm']}. {_rule(report)}"
     return document(
         title,
         f"<h1>{escape(title)}</h1><p class=muted>{escape(text)}</p>",
@@ -148,16 +148,22 @@ def _losses(report: dict[str, Any], baseline: dict[str, Any] | None) -> str:
 
 def _capacities(report: dict[str, Any]) -> str:
     merged = [row for row in report["plan"]["boundaries"] if row["merged"]]
-    text = f"Parameters times bits of each block, scaled where a stage opens. Units: {escape(report['plan']['why'])}."
+    text = f"Parameters times bits of each block, scaled where a stage opens. {escape(_rule(report))}"
     chosen = _boundaries(merged) if merged else "<p>No blocks are joined.</p>"
     every = details("all boundaries", _boundaries(report["plan"]["boundaries"], are_all=True))
     return section("Capacity and units", text, figures.capacities(report), chosen, every)
 
 
+def _rule(report: dict[str, Any]) -> str:
+    """How the units were found."""
+    units, _, why = report["plan"]["why"].partition(": ")
+    return f"Units ({units}): {why}."
+
+
 def _boundaries(found: list[dict[str, Any]], are_all: bool = False) -> str:
-    """Capacity gap and, where it was measured, the drop of the loss between neighbours, and why they were joined or not."""
+    """Squared difference of the capacities and, where it was measured, the drop of the loss between neighbours, and why they were joined or not."""
     measured = any(row["loss_drop"] is not None for row in found)
-    columns = ("neighbours", "capacity gap>", *(["loss drop>"] if measured else []), *(["joined"] if are_all else []), "why")
+    columns = ("neighbours", "capacity gap²>", *(["loss drop>"] if measured else []), *(["joined"] if are_all else []), "why")
     rows = []
     for row in found:
         drop = "" if row["loss_drop"] is None else f"{row['loss_drop']:+.4g}"
@@ -288,9 +294,9 @@ def _run(report: dict[str, Any]) -> str:
         ("time", _stages(report)),
         ("memory", size(memory) + " at most" if memory is not None else "not measured on this system"),
     ]
-    options = " ".join(written for key, value in report["config"].items() for written in _option(key, value))
+    options = " ".join(f"<span>{escape(written)}</span>" for key, value in report["config"].items() for written in _option(key, value))
     items = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts)
-    return section("The run", "", f"<dl>{items}<dt>options</dt><dd><code>{escape(options)}</code></dd></dl>")
+    return section("The run", "", f"<dl>{items}<dt>options</dt><dd><code>{options}</code></dd></dl>")
 
 
 def _stages(report: dict[str, Any]) -> str:
