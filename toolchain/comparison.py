@@ -1,4 +1,12 @@
-"""Several configurations on one model and equal data, each measured from its exported file, in one resumable JSON file."""
+"""Several configurations on one model and equal data, each measured from its exported file, in one resumable JSON file.
+
+Equal means: the same model, calibration and evaluation samples, batch, iterations for each unit, target, seeds; rows differ in algorithm,
+units, precision and seed alone. What cannot be equal is shown instead: the seconds, and the units (a method that goes layer by layer has
+more of them, hence more iterations in all). Every row is measured under ONNX Runtime from the file that `quantize` would have written.
+
+Two uncertainties are kept apart. The spread over seeds (sample standard deviation) says how far another seed would end; the interval of
+"behind the best" comes from the samples that two methods judge differently, and says how far other samples would.
+"""
 
 import dataclasses
 import hashlib

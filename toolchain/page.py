@@ -161,7 +161,7 @@ def _rule(report: dict[str, Any]) -> str:
 
 
 def _boundaries(found: list[dict[str, Any]], are_all: bool = False) -> str:
-    """Squared difference of the capacities and, where it was measured, the drop of the loss between neighbours, and why they were joined or not."""
+    """Squared difference of capacities, the drop of the loss where it was measured, and why neighbours were joined or not."""
     measured = any(row["loss_drop"] is not None for row in found)
     columns = ("neighbours", "capacity gap²>", *(["loss drop>"] if measured else []), *(["joined"] if are_all else []), "why")
     rows = []

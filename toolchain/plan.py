@@ -122,7 +122,7 @@ def _choose(rows: Sequence[BlockRow], config: Config) -> tuple[frozenset[int], s
         gaps = capacity.gaps(metric).tolist()
         merged = capacity.topk(gaps, allowed, k=k, penalty=config.merge_penalty, max_group=config.most_blocks)
         rank = {boundary: place for place, boundary in enumerate(sorted(allowed, key=lambda i: (-gaps[i], i)), 1)}
-        why = f"{config.units}: the {k} largest gaps between neighbours" + (", at most two blocks a unit" if config.most_blocks == 2 else "")
+        why = f"{config.units}: the largest gaps between neighbours, k = {k}" + (", in pairs" if config.most_blocks == 2 else "")
         return merged, why, lambda i: f"gap {rank[i]} of {len(rank)} by size" if i in rank else ""
     merges = capacity.signed_drop(metric, allowed, k=config.merge_count, tol=config.merge_tolerance, max_group=config.most_blocks)
     merged = frozenset(merge.boundary for merge in merges)

@@ -43,9 +43,11 @@ _RESULTS = click.option(
 @click.command("compare", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Several methods on one model and equal data, in one table.")
 @click.argument("model", type=PATH)
 @_RESULTS
-@click.option("--methods", default="mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop", show_default=True, help="What to compare.")
-@click.option("--precisions", default="w4a4", show_default=True, help="At which bit widths.")
-@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, whose spread is shown.")
+@click.option(
+    "--methods", default="mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop", show_default=True, help="What to compare, separated by commas."
+)
+@click.option("-p", "--precisions", default="w4a4", show_default=True, help="Bit widths, separated by commas.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds, separated by commas; their spread is shown.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts instead of the table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
 @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
@@ -90,7 +92,9 @@ def compare(
 @click.command("study", cls=SectionedCommand, epilog=EXIT_CODES, short_help="Test the claims behind MRECG on your own model.")
 @click.argument("model", type=PATH)
 @_RESULTS
-@click.option("--claims", default="oscillation,final-error,accuracy,data,theorem", show_default=True, help="What to study.")
+@click.option(
+    "--claims", default="oscillation,final-error,accuracy,data,theorem", show_default=True, help="What to study, separated by commas."
+)
 @click.option("-p", "--precision", metavar="W4A4", help="Shorthand for --weight-bits and --activation-bits.")
 @click.option("--schemes", type=int, default=20, show_default=True, help="Random unit schemes behind `final-error` and `accuracy`.")
 @click.option("--json", "as_json", is_flag=True, help="Print the facts instead of the verdicts.")
