@@ -143,10 +143,14 @@ def _correlated(points: Sequence[tuple[float, float]], x: str, y: str, *, positi
     first, second = [p[0] for p in points], [p[1] for p in points]
     linear, ranks = pearson(first, second), spearman(first, second)
     facts = {"x": x, "y": y, "points": [list(p) for p in points], "pearson": linear, "spearman": ranks}
+    named = y.removesuffix(", %")
     if linear is None or ranks is None:
-        return facts | {"verdict": f"The {len(points)} schemes differ too little to correlate {x} and {y}.", "holds": None}
+        return facts | {
+            "verdict": f"The {len(points)} schemes differ too little to correlate {x} and {named}.",
+            "holds": None,
+        }
     text = (
-        f"Over {len(points)} random unit schemes {x} and {y} correlate with r = {linear[0]:+.2f} "
+        f"Over {len(points)} random unit schemes the {x} and the {named} correlate with r = {linear[0]:+.2f} "
         f"(95 %: {linear[1]:+.2f} to {linear[2]:+.2f}), rank correlation {ranks[0]:+.2f} ({ranks[1]:+.2f} to {ranks[2]:+.2f})"
     )
     low, high = ranks[1:] if positive else (-ranks[2], -ranks[1])
@@ -166,13 +170,13 @@ def _data(batches: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, A
         (least, first), (most, last) = runs[0], runs[-1]
         gain, noise = last[key] - first[key], _noise(first, last)
         holds.append(True if gain > noise else False if gain < -noise else None)
-        texts.append(f"{name} {least} to {most}: {first[key]:.2f} to {last[key]:.2f} % ({gain:+.2f} points, within {noise:.2f} is chance)")
+        texts.append(f"{name}, {least} to {most}: {first[key]:.2f} to {last[key]:.2f} % ({gain:+.2f} points, within {noise:.2f} is chance)")
     decided = True if all(h is True for h in holds) else False if any(h is False for h in holds) else None
     word = {True: "both improve it", False: "not confirmed here", None: "undecided for at least one of them"}[decided]
     return {
         "series": {name: [[x, row[key], _noise(row, runs[-1][1])] for x, row in runs] for name, runs in series.items()},
         "metric": key,
-        "verdict": f"{'; '.join(texts)}: {word} (one seed).",
+        "verdict": f"By {'; by '.join(texts)}: {word} (one seed).",
         "holds": decided,
     }
 
