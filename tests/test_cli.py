@@ -126,6 +126,9 @@ def test_validate(place: Path) -> None:
     assert invoke("validate", *pair, "--max-drop", 0).exit_code in (0, 6)
     assert invoke("validate", place / "net.onnx", place / "none.onnx", "--eval-data", place / "eval.npz").exit_code == 2
     assert invoke("validate", *pair[:2]).exit_code == 2
+    refused = invoke("validate", *pair, "--calibration-data", place / "calib.npz")
+    assert refused.exit_code == 2
+    assert "nothing is calibrated here" in refused.output
 
 
 @pytest.mark.parametrize(("format_", "start"), [("html", "<!doctype html>"), ("svg", "<svg "), ("json", "{"), ("table", "Blocks")])

@@ -80,9 +80,19 @@ class Config:
     keep_float: tuple[str, ...] = option(
         (), "Keep nodes float: node name, operator type, or regular expression of node names. Repeatable.", "precision"
     )
-    algorithm: str = option("qdrop", "How rounding and step sizes are found.", "method", choices=ALGORITHMS)
+    algorithm: str = option(
+        "qdrop",
+        "How rounding and step sizes are found. Ranges only, in seconds to minutes: minmax, mse, aciq, lapq; learned layer by layer: "
+        "adaround, adaquant, bit-split; block by block: brecq, qdrop.",
+        "method",
+        choices=ALGORITHMS,
+    )
     units: str = option(
-        "loss", "Which neighbouring blocks are reconstructed jointly (MRECG); `none`: each block alone.", "method", choices=UNITS
+        "loss",
+        "Which neighbouring blocks are reconstructed jointly (MRECG): those where the `loss` drops or capacities (`modcap`) differ; "
+        "`none`: each block alone.",
+        "method",
+        choices=UNITS,
     )
     preset: str = option("default", "Iterations per unit: fast 250, default 1000, best 20000.", "method", choices=tuple(PRESETS))
     iterations: int | None = option(None, "Iterations per unit; overrides the preset.", "method", low=1)

@@ -8,9 +8,12 @@ from rich.console import Console
 
 from ..data_config import DataConfig
 from ..errors import UsageError
+from ..option import flag
 from .endings import check_drop, reported
 from .files import samples_at
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
+
+_UNUSED = ("calibration_data", "synthetic_samples")
 
 
 @click.command("validate", cls=SectionedCommand, epilog=EXIT_CODES, short_help="A quantized file beside its float model.")
@@ -19,13 +22,21 @@ from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 @click.option("--device", metavar="auto|cuda|cpu", default="auto", show_default=True, help="Execution provider.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show tracebacks.")
-@config_options(DataConfig)
+@config_options(DataConfig, hidden=_UNUSED)
 def validate_command(float_model: Path, quantized_model: Path, device: str, as_json: bool, verbose: bool, **options: Any) -> None:
-    """Compare QDQ, a quantized model, with FP32, the float model it was made from, under ONNX Runtime."""
+    """Compare QDQ, a quantized model of any tool, with FP32, the float model it was made from, under ONNX Runtime.
+
+    \b
+    mrecg-onnx validate net.onnx net.w4a8.onnx --eval-data val/ --max-drop 1.0
+    """
     with reported(verbose):
         if device not in ("auto", "cuda", "cpu"):
             raise UsageError(f"--device {device}: must be one of auto, cuda, cpu")
-        data = DataConfig(**given(options))
+        found = given(options)
+        unused = next((name for name in _UNUSED if name in found), None)
+        if unused is not None:
+            raise UsageError(f"{flag(unused)}: nothing is calibrated here; --eval-data has the samples to compare the models on")
+        data = DataConfig(**found)
         if data.eval_data is None:
             raise UsageError("--eval-data is missing: samples to compare the models on")
         if not quantized_model.is_file():
