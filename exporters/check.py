@@ -7,10 +7,13 @@ QNN themselves were not run.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
+
+from toolchain.graph import shape_arithmetic
 
 EFFECTS = ("refused", "inexact", "slow")  # the runtime refuses the file, computes something else, or is slow at the node
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -91,6 +94,11 @@ class File:
 
     def is_constant(self, value: str) -> bool:
         return value in self._tensors
+
+    @cached_property
+    def of_shapes(self) -> set[str]:
+        """What is computed from shapes alone."""
+        return shape_arithmetic(((node.op_type, node.input, node.output) for node in self.graph.node), self._tensors)
 
     def weighted(self) -> Iterator[tuple[onnx.NodeProto, Pair]]:
         """Convolutions and matrix products whose weight is a dequantized constant, with that weight."""
@@ -268,8 +276,17 @@ def _qnn(file: File) -> Iterator[Violation]:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip", "Relu"):
             continue
         for value in node.input:
-            if value in file.producer and file.dequantized(value) is None and file.producer[value].op_type not in ("Shape", "Constant"):
+            if value in file.producer and file.dequantized(value) is None and value not in file.of_shapes:
                 yield _at(node, "it reads a float value: the HTP runs quantized operators only", value=value)
+    for value in file.graph.input:
+        axes = value.type.tensor_type.shape.dim
+        if not file.is_constant(value.name) and any(not axis.dim_value for axis in axes):
+            yield Violation(
+                value.name,
+                "graph input",
+                "open axes: the execution provider takes fixed shapes only and leaves the graph to the CPU",
+                "slow",
+            )
     outputs = [value.name for value in file.graph.output]
     for value in outputs:
         if file.dequantized(value) is None and value in file.producer:

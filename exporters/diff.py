@@ -48,7 +48,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant that changed: how far it moved in steps of its grid (None: it is floats still), and the signal to noise in dB."""
+    """A constant that changed: how far it moved in steps of its grid (None: it is floats still), and the signal to noise in dB.
+
+    `sqnr` is minus infinity where the constant was all zeros, as biases often are that correction then moves.
+    """
 
     name: str
     kind: str
@@ -297,9 +300,11 @@ def _constant_changes(
 
 
 def _sqnr(array: np.ndarray, now: np.ndarray) -> float:
-    """Signal to noise in dB; infinite where nothing changed."""
-    noise = float(np.square(now.astype(np.float64) - array).sum())
-    return float(10 * np.log10(max(float(np.square(array.astype(np.float64)).sum()), 1e-300) / noise)) if noise > 0 else float("inf")
+    """Signal to noise in dB; infinite where nothing changed, minus infinity where zeros did."""
+    signal, noise = (float(np.square(numbers, dtype=np.float64).sum()) for numbers in (array, now.astype(np.float64) - array))
+    if noise == 0:
+        return float("inf")
+    return float(10 * np.log10(signal / noise)) if signal > 0 else float("-inf")
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, bytes]:

@@ -51,6 +51,22 @@ def test_qnn_wants_everything_quantized(tmp_path: Path) -> None:
     assert any(rule.startswith("it makes a graph output in float") for _, rule in rules)
 
 
+def test_qnn_leaves_arithmetic_on_shapes_alone_but_wants_fixed_ones(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    y = b.conv("x", 3, 8, act="relu")
+    count = b.op("Gather", b.op("Shape", y), b.constant("first", np.array([0])))
+    rows = b.op("Div", count, b.constant("two", np.array([2])))  # no axis of the result can be told ahead
+    flat = b.op("Reshape", y, b.op("Concat", b.op("Mul", rows, "two"), b.constant("rest", np.array([-1])), axis=0))
+    model = b.model(b.linear(flat, 512, 5))
+    source = zoo.loaded(model, tmp_path)
+    config = Config(target="qnn", algorithm="minmax", device="cpu")
+    exported = export_qdq(source.model, quantize(source, SAMPLES, config).table, scheme=config.scheme)
+    assert {"Div", "Mul"} <= {node.op_type for node in exported.graph.node}
+    assert [(v.node, v.effect, v.rule.split(":")[0]) for v in check(exported, "qnn") if v.op_type != "Gemm"] == [("x", "slow", "open axes")]
+    exported.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
+    assert not [v for v in check(exported, "qnn") if v.node == "x"]
+
+
 def test_packed_formats(tmp_path: Path) -> None:
     small = exported("ort-cpu", tmp_path, weight_bits=2, activation_bits=16, storage="small", first_last_bits="same")
     assert any(v.rule == "DequantizeLinear of INT2 is not supported" and v.is_error for v in check(small, "openvino"))

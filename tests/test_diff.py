@@ -152,3 +152,15 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert "give the float model first" in result.output
     result = run.invoke(main, ["diff", str(tmp_path / "float.onnx"), str(tmp_path / "ours.onnx"), "--json"])
     assert '"changes": []' in result.output
+
+
+def test_a_constant_that_was_all_zeros_has_no_noise_ratio(tmp_path: Path) -> None:
+    """Biases often are, until correction or learning moves them."""
+    model = zoo.every_rule()
+    _, _, exported = made(model, tmp_path)
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name.endswith("_b"))
+    bias.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(bias)), bias.name))
+    write_model(model, tmp_path / "float.onnx")
+    write_model(exported, tmp_path / "ours.onnx")
+    result = CliRunner().invoke(main, ["diff", str(tmp_path / "float.onnx"), str(tmp_path / "ours.onnx")])
+    assert f"{bias.name}: int32, was all zeros" in result.output

@@ -51,6 +51,14 @@ def test_operators_without_an_integer_form(tmp_path: Path) -> None:
     assert last.reason.endswith("in float")
 
 
+def test_arithmetic_on_shapes_is_none(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    y = b.conv("x", 3, 8, act="relu")
+    half = b.op("Div", b.op("Gather", b.op("Shape", y), b.constant("first", np.array([0]))), b.constant("two", np.array([2])))
+    flat = b.op("Reshape", y, b.op("Concat", b.op("Mul", half, "two"), b.constant("rest", np.array([-1])), axis=0))
+    assert not left(b.model(b.linear(flat, 512, 5)), tmp_path)
+
+
 def test_a_float_model_reads_floats() -> None:
     found = float_operators(zoo.tiny_resnet().graph)
     assert {row.op_type for row in found} >= {"Conv", "Add", "Gemm"}

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
+from .graph import shape_arithmetic
+
 INTEGER_PREFIXES = ("QLinear", "QGemm", "QAttention", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "MatMulNBits")
 # They move, convert or name values and compute nothing, or their result is no float.
 _FREE = frozenset(
@@ -36,7 +38,7 @@ class FloatOperator:
 
 
 def float_operators(graph: onnx.GraphProto) -> tuple[FloatOperator, ...]:
-    """The operators of an optimised graph that compute on floats, in its order."""
+    """The operators of an optimised graph that compute on floats, in its order; those that compute shapes are none."""
     producer = {value: node for node in graph.node for value in node.output if value}
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
@@ -44,10 +46,12 @@ def float_operators(graph: onnx.GraphProto) -> tuple[FloatOperator, ...]:
             readers.setdefault(value, []).append(node)
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
+    of_shapes = shape_arithmetic(((node.op_type, node.input, node.output) for node in graph.node), kinds)
     return tuple(
         FloatOperator(node.name or node.output[0], node.op_type, _reason(node, producer, readers, kinds, outputs))
         for node in graph.node
         if node.op_type not in _FREE
+        and not of_shapes.issuperset(node.output)
         and not node.op_type.startswith(INTEGER_PREFIXES)
         and not _clips_codes(node, producer, kinds)
         and not (node.op_type in _MOVES and _is_codes(node.input[0], producer))

@@ -1,6 +1,6 @@
 """The dataflow of a model, without its tensors: nodes, values, who makes and who reads them, and what is alive when."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -150,3 +150,17 @@ def last_reads(pieces: Sequence[Sequence[Node]], graph: Graph) -> tuple[frozense
     return tuple(
         frozenset(v for v, index in last.items() if index == position and v not in graph.outputs) for position in range(len(pieces))
     )
+
+
+def shape_arithmetic(operators: Iterable[tuple[str, Sequence[str], Sequence[str]]], constants: Container[str]) -> set[str]:
+    """The values that follow from shapes and constants alone: numbers of axes and what is made of them, no data.
+
+    Args:
+        operators: type, inputs and outputs of each node, in execution order.
+        constants: names of the initializers.
+    """
+    found: set[str] = set()
+    for kind, inputs, outputs in operators:
+        if kind in ("Shape", "Size", "Constant") or all(not value or value in found or value in constants for value in inputs):
+            found.update(outputs)
+    return found

@@ -75,7 +75,8 @@ def _show_changes(first: Path, second: Path, quantized: "onnx.ModelProto", as_js
         console.print(f"{len(constants)} constants changed ({_counted(constant.kind for constant in constants)})")
         for constant in constants if verbose else constants[:_MOST]:
             steps = f", {constant.steps:.2f} steps at most" if constant.steps is not None else ""
-            console.print(f"  {escape(constant.name)}: {constant.kind}, {constant.sqnr:.1f} dB{steps}")
+            noise = f"{constant.sqnr:.1f} dB" if constant.sqnr > float("-inf") else "was all zeros"
+            console.print(f"  {escape(constant.name)}: {constant.kind}, {noise}{steps}")
         if found.folded:
             console.print(f"{len(found.folded)} Relu or Clip are done by a quantizer")
         console.print(f"{found.kept} nodes are unchanged")
