@@ -101,7 +101,7 @@ class QdqGraph:
     def grid(self, value: str) -> Grid | None:
         """The grid of a dequantized value."""
         node = self.producer.get(value)
-        if node is None or node.op_type != "DequantizeLinear" or node.input[1] not in self.constants:
+        if node is None or node.op_type != "DequantizeLinear" or node.input[1] not in self.constants or self._is_zero(node):
             return None
         scale = numpy_helper.to_array(self.constants[node.input[1]])
         has_zero = len(node.input) > 2 and node.input[2] in self.constants
@@ -114,18 +114,34 @@ class QdqGraph:
         return Grid(TensorProto.DataType.Name(kind).lower(), *parameters, attributes.get("block_size", 0), array)
 
     def behind(self, value: str, known: frozenset[str]) -> str:
-        """The value of the float graph that this one carries: quantizers, and the Clips between and in front of them, looked through.
+        """The value of the float graph that this one carries: quantizers, and what serves them, looked through.
 
         A quantized graph output has the name that the float graph gives to what is in front of the pair: `known` ends the way only after a
         step.
         """
         node = self.producer.get(value)
-        while node is not None and (node.op_type in _QUANTIZERS or (node.op_type == "Clip" and value not in known)):
+        while node is not None and (node.op_type in _QUANTIZERS or (value not in known and self.serves(node))):
             value = node.input[0]
             if value in known and (made := self.producer.get(value)) is not None and made.op_type not in _QUANTIZERS:
                 break
             node = self.producer.get(value)
         return value
+
+    def serves(self, node: onnx.NodeProto) -> bool:
+        """A node that only stands between quantizers."""
+        return node.op_type == "Clip" or self.adds_zero(node)
+
+    def adds_zero(self, node: onnx.NodeProto) -> bool:
+        """An Add of a dequantized zero: it lets a requantization run as an integer kernel."""
+        zero = self.producer.get(node.input[1]) if node.op_type == "Add" else None
+        return zero is not None and self._is_zero(zero)
+
+    def _is_zero(self, node: onnx.NodeProto) -> bool:
+        """A scalar that is its own zero point, dequantized."""
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3 or not self.constants.keys() >= {node.input[0], node.input[2]}:
+            return False
+        code, zero_point = (numpy_helper.to_array(self.constants[name]) for name in (node.input[0], node.input[2]))
+        return code.shape == () and bool((code == zero_point).all())
 
 
 def compare(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Difference:
@@ -236,9 +252,9 @@ def _is_folded(node: onnx.NodeProto, before: QdqGraph, after: QdqGraph, known: f
 
 
 def _serves_quantizers(node: onnx.NodeProto, after: QdqGraph) -> bool:
-    """A Clip whose every reader, or whose input, is a quantizer."""
-    made = after.producer.get(node.input[0]) if node.op_type == "Clip" else None
-    readers = after.readers.get(node.output[0], []) if node.op_type == "Clip" else []
+    """A Clip or an Add of zero whose every reader, or whose input, is a quantizer."""
+    made = after.producer.get(node.input[0]) if after.serves(node) else None
+    readers = after.readers.get(node.output[0], []) if after.serves(node) else []
     behind = made is not None and made.op_type == "QuantizeLinear"
     return behind or (bool(readers) and all(reader.op_type == "QuantizeLinear" for reader in readers))
 

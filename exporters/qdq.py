@@ -13,6 +13,11 @@ DequantizeLinear: ONNX Runtime keeps its integer kernels around it, which it doe
 quantizer is folded into those bounds, which is exact: rounding is monotone, so round(clip(x, a, b)) = clip(round(x), round(a), round(b)).
 Runtimes that take nothing between the two (TensorRT, OpenVINO, QNN) get that Clip on the floats in front of QuantizeLinear, between the
 ends of the grid, which is exact for the same reason; there Relu and Clip stay.
+
+A layer may read a value on a grid of its own (`toolchain.copies`). DequantizeLinear and QuantizeLinear take ONNX Runtime's CPU provider two
+passes over the value, in floats; with an Add of zero between them they are one QLinearAdd. `v_zero_code` is that zero: a constant of its
+own, for ONNX Runtime gives an operand another shape than a zero point may have. QLinearAdd makes fewer roundings: where a code of the value
+lies on a tie of the copy's grid there is no Add, so that the file says what runs.
 """
 
 import os
@@ -273,6 +278,12 @@ class _Editor:
             limits = [self._constant(f"{short}_{key}", end) for key, end in zip(("qmin", "qmax"), ends, strict=True)]
         quantized, clipped = f"{short}_quantized", f"{short}_clipped"
         nodes = []
+        if self._is_rescaled(grid, storage):
+            zero, rescaled = f"{short}_zero", f"{short}_rescaled"
+            code = self._constant(f"{short}_zero_code", np.asarray(grid.zero_point).astype(storage.dtype))
+            nodes.append(helper.make_node("DequantizeLinear", [code, *parameters], [zero], f"{name}_Zero"))
+            nodes.append(helper.make_node("Add", [origin, zero], [rescaled], f"{name}_Add"))
+            origin = rescaled
         if clips and not on_integers:
             nodes.append(helper.make_node("Clip", [origin, *limits], [clipped], f"{name}_Clip"))
             origin = clipped
@@ -282,6 +293,12 @@ class _Editor:
             quantized = clipped
         nodes.append(helper.make_node("DequantizeLinear", [quantized, *parameters], [self._dequantized(name)], f"{name}_DequantizeLinear"))
         return nodes
+
+    def _is_rescaled(self, grid: TensorQuant, storage: Storage) -> bool:
+        """Whether a value is a copy that QLinearAdd, whose operands have one 8-bit type, makes to the code."""
+        if not self._scheme.rescales or grid.copy is None or self._storages.get(grid.copy.origin) != storage:
+            return False
+        return not storage.is_float and storage.dtype.itemsize == 1 and not _has_ties(self._table[grid.copy.origin], grid)
 
     def _dequantized(self, name: str) -> str:
         return name if name in self._quantized_outputs else f"{self._short(name)}_dequantized"
@@ -404,6 +421,16 @@ def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) ->
     """The codes that a grid uses for floats within bounds."""
     low, high = (None if bound is None else int(quantize(np.array(bound, np.float32), grid)) for bound in bounds)
     return grid.spec.qmin if low is None else low, grid.spec.qmax if high is None else high
+
+
+def _has_ties(origin: TensorQuant, grid: TensorQuant) -> bool:
+    """Whether a code of one grid lies halfway between two of another, as far as a few roundings in float32 can tell."""
+    ratio = float(origin.scale) / float(grid.scale)
+    codes = np.arange(origin.spec.qmin, origin.spec.qmax + 1, dtype=np.float64)
+    places = (codes - float(origin.zero_point)) * ratio + float(grid.zero_point)
+    places = places[(places > grid.spec.qmin - 1) & (places < grid.spec.qmax + 1)]  # what is farther outside saturates in any case
+    largest = ratio * (np.abs(codes).max() + abs(float(origin.zero_point))) + abs(float(grid.zero_point))
+    return bool((np.abs(places - np.floor(places) - 0.5) < 8 * np.finfo(np.float32).eps * largest).any())
 
 
 def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Operands of their own: what sums read in more bits than layers do."""
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from exporters import export_qdq, write_model
 from tests import zoo
 from toolchain import encodings, run_folder, runtime
 from toolchain.config import Config
+from toolchain.kernels import kernel_differences
 from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable
 from toolchain.run_folder import RunFolder
@@ -109,12 +112,32 @@ def test_the_file_computes_what_was_simulated(target: str, tmp_path: Path) -> No
     assert (np.abs(ran - simulated).max(axis=1) <= 1e-4 * np.abs(simulated).max()).mean() >= 0.9
 
 
-def test_every_layer_still_runs_on_integers(tmp_path: Path) -> None:
+def with_copy_scale(source: SourceModel, found: Quantized, steps: float) -> QuantTable:
+    """The table with the one copy's step so many times as wide as that of what it copies, and the bias behind it on its grid."""
+    ((name, copy),) = found.table.copies.items()
+    (reader,) = (node for node in source.graph.nodes if node.name in copy.readers)
+    scale = np.float32(steps * float(found.table[copy.origin].scale))
+    bias = source.graph.bias(reader)
+    assert bias is not None
+    wider = found.table[bias].scale * (scale / found.table[name].scale)
+    changed = {name: replace(found.table[name], scale=scale), bias: replace(found.table[bias], scale=wider.astype(np.float32))}
+    return QuantTable({**found.table.tensors, **changed})
+
+
+@pytest.mark.parametrize("steps", [16.9, 9.53, 1.7, 16.0, 13.6])  # the last two have codes of 8 bits halfway between two of 4 bits
+def test_a_copy_is_one_integer_kernel_where_that_makes_the_same_codes(steps: float, tmp_path: Path) -> None:
     source, found = quantized(tmp_path)
-    write_model(export_qdq(source.model, found.table), tmp_path / "q.onnx")
-    kinds = runtime.kernel_counts(tmp_path / "q.onnx")
-    assert (kinds["QLinearConv"], kinds["QLinearAdd"], kinds["QGemm"]) == (6, 2, 1)
-    assert not {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Identity"} & set(kinds)
+    table = with_copy_scale(source, found, steps)
+    copied = f"{next(iter(table.copies))}_clipped"
+    model = export_qdq(source.model, table)
+    write_model(model, tmp_path / "q.onnx")
+    kinds = Counter(node.op_type for node in runtime.optimized(tmp_path / "q.onnx").node)
+    has_ties = steps in (16.0, 13.6)
+    assert (kinds["QLinearConv"], kinds["QGemm"]) == (6, 1)
+    assert (kinds["QLinearAdd"], kinds["QuantizeLinear"], kinds["DequantizeLinear"]) == ((2, 2, 1) if has_ties else (3, 1, 0))
+    assert not {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Identity", "Squeeze"} & set(kinds)
+    (moved,) = (found for found in kernel_differences(model, SAMPLES.inputs) if found.name == copied)
+    assert moved.steps == 0.0
 
 
 def test_a_finer_shortcut_is_a_better_model(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def _copies(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, Copy]:
         name = node.name.removesuffix("_QuantizeLinear")
         read = node.input[0] if node.op_type == "QuantizeLinear" and node.name.endswith("_QuantizeLinear") and name not in known else None
         before = producer.get(read) if read is not None else None
-        if before is not None and before.op_type == "Clip":  # it keeps the copy's floats in range
+        if before is not None and before.op_type in ("Clip", "Add"):  # it keeps the copy's floats in range, or adds zero
             before = producer.get(before.input[0])
         if before is not None and before.op_type != "DequantizeLinear":
             continue

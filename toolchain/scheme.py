@@ -35,6 +35,7 @@ class Scheme:
             changes nothing; or `float`, as they are.
         saturation: a grid narrower than its integer type is held by a Clip on the `integer`s behind QuantizeLinear, into which Relu and
             Clip are folded, or on the `float`s in front of it.
+        rescales: a copy of a quantized value on another grid is made by an Add of zero, which runs as one integer kernel.
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
         float8: what may be in E4M3: `all`, `weights` beside float activations, or `none`.
@@ -54,6 +55,7 @@ class Scheme:
     shared_concat: bool = False
     bias: str = "steps"
     saturation: str = "float"
+    rescales: bool = False
     storage: str = "fast"
     reduce_range: bool = False
     float8: str = "none"
@@ -116,6 +118,7 @@ TARGETS: Mapping[str, Scheme] = {
             results="convolutions",
             bias="int32",
             saturation="integer",
+            rescales=True,
             reduce_range=True,
             stores=True,
             float8="weights",
