@@ -246,6 +246,18 @@ def fixed_rows() -> tuple[onnx.ModelProto, Arrays]:
     return made(nodes, [value("x", FLOAT, 4, 8)], [value("y", FLOAT, 4, 4)], {"rows": rows, "w": weight}), {"x": VECTORS}
 
 
+def pairs() -> tuple[onnx.ModelProto, Arrays]:
+    """Two samples make a row of the result, so that one alone cannot be run."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Reshape", ["r", "shape"], ["p"]),
+        helper.make_node("Gemm", ["p", "v"], ["y"]),
+    ]
+    constants = {"w": weight(8, 16), "shape": np.array([-1, 32]), "v": weight(32, 4)}
+    return made(nodes, [value("x", FLOAT, "two", 8)], [value("y", FLOAT, "one", 4)], constants), {"x": VECTORS}
+
+
 MODELS = {
     builder.__name__: builder
     for builder in (

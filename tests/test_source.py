@@ -163,6 +163,12 @@ def test_a_doubtful_axis_counts_samples_where_they_change_places_with_their_resu
     assert any("no axis" in note for note in source.notes) == (axis is None)
 
 
+def test_nodes_of_a_graph_are_no_samples(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["nodes", 6], "neighbours": ["nodes", "nodes"]})
+    source = zoo.loaded(b.model(b.op("MatMul", "neighbours", b.linear("x", 6, 5))), tmp_path)
+    assert source.axes == {"x": None, "neighbours": None}
+
+
 def test_only_sample_arrays_are_batched(tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     y = b.conv("x", 3, 4)

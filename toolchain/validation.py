@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from . import large, runtime
+from .errors import UnsupportedModelError
 from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
 from .kernels import KernelCheck, check_kernels
 from .outcomes import pack
@@ -217,11 +218,21 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.abs(a - b).max(initial=0) / max(np.abs(a).max(initial=0), 1e-12))
 
 
+def _repeated(opened: runtime.Session, samples: Samples, count: int) -> dict[str, np.ndarray]:
+    """The first sample `count` times, as a session takes it."""
+    some = {name: array[:1].repeat(count, axis=0) for name, array in samples.inputs.items()}
+    return runtime.batched(some, runtime.session_axes(opened, some))
+
+
 def _latency(first: runtime.Session, second: runtime.Session, samples: Samples) -> Latency:
     """Time both in turn, so that a drift of the machine's speed hits both alike."""
     batch = runtime.fixed_batch(first, samples.inputs) or 1
-    one = {name: array[:1].repeat(batch, axis=0) for name, array in samples.inputs.items()}
-    feeds = runtime.batched(one, runtime.session_axes(first, one))
+    feeds = _repeated(first, samples, batch)
+    try:
+        runtime.execute(first, feeds, [output.name for output in first.get_outputs()])
+    except UnsupportedModelError:  # one sample is too few for some: pairs
+        batch = min(runtime.BATCH, samples.count)
+        feeds = _repeated(first, samples, batch)
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + _LATENCY_SECONDS
     for round_ in range(_LATENCY_RUNS):
