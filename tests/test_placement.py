@@ -156,6 +156,17 @@ def test_a_softmax_has_its_known_range_only_where_the_target_asks_for_it(
     found = place(source, infer_types(source, {"x": (4, 6)}), TARGETS[target], Precision(), frozenset())
     assert found.activations[scores].span == span
     assert found.activations[gate].span == (0.0, 1.0)
+    assert found.least.keys() == ({scores} if target == "ort-cpu" else set())  # 32-bit sums of its kernel
+
+
+def test_a_softmax_over_an_open_axis_keeps_its_known_range(tmp_path: Path) -> None:
+    """Over fewer tokens than the samples have, its kernel would overflow, and its largest probabilities lie higher."""
+    b = zoo.Builder({"x": ["N", "tokens", 6]})
+    keys = b.op("Transpose", b.op("MatMul", "x", b.weight("w", (6, 6), 6)), perm=[0, 2, 1])
+    scores = b.op("Softmax", b.op("MatMul", "x", keys))
+    source = zoo.loaded(b.model(b.op("MatMul", scores, "x")), tmp_path)
+    found = place(source, infer_types(source, {"x": (40, 6)}), ORT_CPU, Precision(), frozenset())
+    assert found.activations[scores].span == (0.0, 1.0)
 
 
 def test_padding_with_another_value_than_zero_is_no_data_movement(tmp_path: Path) -> None:

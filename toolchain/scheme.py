@@ -7,7 +7,8 @@ FLOAT_BITS = 32  # "bits" of activations that are not quantized
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _BIASES = {"int32": "int32", "steps": "float, in int32 steps,", "float": "float"}
 # Results whose range is known before any sample: (lowest, highest) with highest just off the grid, so that the scale is a power of two. A
-# Softmax over many classes fills little of its range, so that only targets which ask for it fix it (`Scheme.known_ranges`).
+# Softmax over many classes fills little of its range, so that only targets which ask for it fix it (`Scheme.known_ranges`), and ort-cpu
+# where their number is open.
 KNOWN_RANGES: Mapping[str, tuple[float, float]] = {
     "Sigmoid": (0.0, 1.0),
     "HardSigmoid": (0.0, 1.0),
