@@ -136,6 +136,17 @@ def test_layers_that_share_a_bias_have_one_each(tmp_path: Path) -> None:
     np.testing.assert_array_equal(outputs(source.model, x)[0], outputs(model, x)[0])
 
 
+def test_a_bias_that_another_operator_reads_too_is_copied_for_every_layer(tmp_path: Path) -> None:
+    """torch's exporter joins the zeros of a patch embedding and of the LayerNormalization behind it."""
+    b = zoo.Builder({"x": ["N", 4]})
+    b.constant("zeros", np.zeros(4, np.float32))
+    y = b.op("Gemm", "x", b.constant("w", np.ones((4, 4), np.float32)), "zeros")
+    model = b.model(b.op("LayerNormalization", y, b.constant("ones", np.ones(4, np.float32)), "zeros"))
+    source = zoo.loaded(model, tmp_path)
+    assert [source.graph.bias(node) for node in source.graph.weighted] == ["zeros_1"]
+    assert "zeros" in source.constants
+
+
 @pytest.mark.parametrize(
     ("shapes", "axes"),
     [

@@ -1,6 +1,7 @@
 """From an ONNX file to a checked protobuf in the one form that every later stage works on."""
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from onnx import inliner, numpy_helper, shape_inference
 
 from . import large, runtime
 from .errors import UnsupportedModelError
-from .graph import BIAS_INPUT
+from .graph import BIAS_INPUT, ONNX_DOMAINS
 from .raising import MIN_OPSET, opset_of, raised
 
 # Of `exporters.qdq`.
@@ -119,16 +120,17 @@ def _restore_weight_names(graph: onnx.GraphProto, original: set[str]) -> None:
 def _give_own_biases(graph: onnx.GraphProto) -> None:
     """A copy of a bias for each layer that shares it but the first: its int32 steps are those of the layer's own input and weight.
 
-    Heads that go over several feature maps share theirs, and exporters join those that are equal (zeros).
+    Heads that go over several feature maps share theirs, and exporters join those that are equal (zeros); where another operator, such as
+    LayerNormalization, reads it too, the first has a copy as well.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     taken = {*tensors, *(value.name for value in graph.input), *(value for node in graph.node for value in node.output)}
-    seen: set[str] = set()
-    for node in graph.node:
-        index = BIAS_INPUT.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        bias = node.input[index] if index is not None and index < len(node.input) else ""
-        if index is None or bias not in tensors:
-            continue
+    layers = [(node, BIAS_INPUT[node.op_type]) for node in graph.node if node.op_type in BIAS_INPUT and node.domain in ONNX_DOMAINS]
+    layers = [(node, index) for node, index in layers if index < len(node.input) and node.input[index] in tensors]
+    elsewhere = Counter(referenced(graph)) - Counter(node.input[index] for node, index in layers)
+    seen = {*elsewhere, *(output.name for output in graph.output)}
+    for node, index in layers:
+        bias = node.input[index]
         if bias in seen:
             name = next(name for number in itertools.count(1) if (name := f"{bias}_{number}") not in taken)
             taken.add(name)
