@@ -65,6 +65,7 @@ def test_onnxruntime_executes_what_was_learned(reconstructed: tuple[Quantized, V
     assert checked.simulation is not None
     assert checked.simulation.agreement is not None
     assert checked.simulation.agreement >= 99.0  # of 300
+    assert checked.unfused is not None
     assert checked.unfused.agreement is not None
     assert checked.unfused.agreement >= 99.0
     assert checked.top1_simulated == pytest.approx(checked.top1_quantized, abs=0.7)  # two of 300

@@ -36,7 +36,7 @@ from .quant_table import QuantTable
 from .samples import Samples
 from .simulation import simulate
 from .source import SourceModel
-from .validation import ValidationReport, validate
+from .validation import ValidationReport, float_outputs, validate
 
 METHODS = "mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop"
 Export = Callable[[QuantTable, Config, Path], None]
@@ -134,7 +134,7 @@ def run_jobs(
         "evaluation": _digest(evaluation),
         "version": environment["versions"].get("mrecg-onnx"),
     }
-    digest, made = _digest(calibration), dict[int, Samples]()
+    digest, made, reference = _digest(calibration), dict[int, Samples](), dict[str, np.ndarray]()
     rows = {_key(row): row for row in stored["rows"] if "outcomes" in row}  # older ones lack what verdicts need: they are run again
     keys = []
     for index, job in enumerate(todo):
@@ -149,10 +149,11 @@ def run_jobs(
             step = done / max(total, 1) if what.startswith("recon") else 0.0
             progress(f"run {text}", round(1000 * (index + step)), 1000 * len(todo), loss)
 
+        reference = reference or float_outputs(source.model, evaluation, job.config.device)
         samples = calibration
         if job.is_data_free:
             made[job.config.seed] = samples = made.get(job.config.seed) or distilled.make(job.config.seed, shown)
-        row = head | measured(source, samples, evaluation, job.config, export, shown) | {"note": samples.note}
+        row = head | measured(source, samples, evaluation, job.config, export, shown, reference) | {"note": samples.note}
         rows[keys[-1][0]] = report.finite(row)
         stored |= {"model": str(source.path), "environment": environment, "rows": list(rows.values())}
         report.write_text(place, report.as_json(stored))
@@ -168,8 +169,9 @@ def measured(
     config: Config,
     export: Export,
     progress: Progress = lambda *_: None,
+    reference: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Run one configuration and measure the exported file."""
+    """Run one configuration and measure the exported file; `reference` are the float model's outputs where they are known."""
     started, processor = time.perf_counter(), _processor_seconds()
     found = quantize(source, calibration, config, progress)
     seconds, used = time.perf_counter() - started, _processor_seconds() - processor
@@ -177,7 +179,9 @@ def measured(
         path = Path(folder) / "quantized.onnx"
         export(found.table, config, path)
         simulated = simulate(source, found.table, evaluation, pick_device(config.device), found.islands)
-        checked = validate(source.model, path, evaluation, source.path.stat().st_size, config.device, simulated)
+        checked = validate(
+            source.model, path, evaluation, source.path.stat().st_size, config.device, simulated, reference=reference, as_written=False
+        )
     return {
         "precision": f"w{config.weight_bits}a{config.activation_bits}",
         "seed": config.seed,

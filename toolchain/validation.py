@@ -66,7 +66,7 @@ class ValidationReport:
     agreement: float | None
     sqnr: Mapping[str, float]
     simulation: Parity | None
-    unfused: Parity
+    unfused: Parity | None
     integer_arithmetic: KernelCheck
     simulated_arithmetic: KernelCheck | None
     top1_simulated: float | None
@@ -103,17 +103,21 @@ def validate(
     device: str = "auto",
     simulated: Mapping[str, np.ndarray] | None = None,
     simulated_arithmetic: KernelCheck | None = None,
+    reference: Mapping[str, np.ndarray] | None = None,
+    as_written: bool = True,
 ) -> ValidationReport:
     """Run the float and the quantized model over samples and compare.
 
     Args:
         float_model: the float model.
-        quantized: the exported file; it is run as it is, and with ONNX Runtime's optimisations off.
+        quantized: the exported file; it is run as it is, and (`as_written`) with ONNX Runtime's optimisations off.
         samples: evaluation samples, with labels where accuracy is wanted.
         float_bytes: size of the float file.
         device: `auto`, `cuda` or `cpu`.
         simulated: graph outputs of the torch simulation over the same samples.
         simulated_arithmetic: how the file compares with the simulation value by value, where that was measured.
+        reference: what `float_outputs` gave for the same samples, where several files are held against it.
+        as_written: whether the file is run without optimisations too, which takes longer than all else.
 
     Raises:
         DataError: labels that are no classes of the model.
@@ -122,9 +126,9 @@ def validate(
     provider = runtime.pick_provider(device)
     float_session = runtime.session(float_model, provider)
     deployed = runtime.session(quantized, provider)
-    reference = runtime.run(float_session, samples.inputs)
+    reference = runtime.run(float_session, samples.inputs) if reference is None else reference
     outputs = runtime.run(deployed, samples.inputs)
-    unfused = runtime.run(runtime.session(quantized, provider, Optimization.NONE), samples.inputs)
+    unfused = runtime.run(runtime.session(quantized, provider, Optimization.NONE), samples.inputs) if as_written else None
     head = class_output(reference, samples.count)
     labels = samples.labels
     if labels is not None and head is not None:
@@ -152,7 +156,7 @@ def validate(
         agreement=agreement(reference, outputs, head),
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
         simulation=parity(simulated, outputs, head) if simulated is not None else None,
-        unfused=parity(unfused, outputs, head),
+        unfused=parity(unfused, outputs, head) if unfused is not None else None,
         integer_arithmetic=check_kernels(large.load(quantized), samples.inputs, provider),
         simulated_arithmetic=simulated_arithmetic,
         top1_simulated=accuracy(simulated, 1),
@@ -163,6 +167,11 @@ def validate(
         float_operators=float_operators(executed),
         outcomes=pack(counted) if counted is not None else None,
     )
+
+
+def float_outputs(model: onnx.ModelProto | Path, samples: Samples, device: str = "auto") -> dict[str, np.ndarray]:
+    """The graph outputs of a float model over samples, for several `validate` to share."""
+    return runtime.run(runtime.session(model, runtime.pick_provider(device)), samples.inputs)
 
 
 def class_output(outputs: Mapping[str, np.ndarray], count: int) -> str | None:
