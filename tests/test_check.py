@@ -14,6 +14,7 @@ from tests import zoo
 from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.pipeline import quantize
+from toolchain.wording import unnamed
 
 SAMPLES = zoo.images(8)
 
@@ -162,3 +163,15 @@ def test_a_file_that_the_runtime_refuses(tmp_path: Path) -> None:
     refused = invoke("check", tmp_path / "q.onnx", "--target", "ort-cpu")
     assert refused.exit_code == 9
     assert "cannot load the model" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("it reads 'a b' in float", ("it reads a value in float", "a b")),
+        ("its result 'y' is read in float", ("its result is read in float", "y")),
+        ("ONNX Runtime did not fuse it", ("ONNX Runtime did not fuse it", "")),
+    ],
+)
+def test_reasons_are_counted_without_the_value_they_name(reason: str, expected: tuple[str, str]) -> None:
+    assert unnamed(reason) == expected

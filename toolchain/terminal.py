@@ -1,6 +1,7 @@
 """The terminal: progress, the closing summary and the tables. Every number comes from the JSON-ready facts of `report`."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -28,6 +29,7 @@ from .wording import (
     size,
     smaller,
     steps,
+    unnamed,
 )
 
 _SHIP = {"yes": "bold green", "no": "bold red", "unclear": "bold yellow"}
@@ -208,10 +210,11 @@ def validation_table(v: dict[str, Any]) -> Table:
     )
     floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items()) or "no layer in float"
     table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
-    for row in v["float_operators"][:_MOST_ROWS]:
-        table.add_row("computes in float", "", row["op_type"], escape(f"{row['node']}: {row['reason']}"))
-    if len(v["float_operators"]) > _MOST_ROWS:
-        table.add_row("computes in float", "", "", f"and {len(v['float_operators']) - _MOST_ROWS} more, in report.json")
+    alike = Counter((row["op_type"], unnamed(row["reason"])[0]) for row in v["float_operators"]).most_common()
+    for (operator, reason), count in alike[:_MOST_ROWS]:
+        table.add_row("computes in float", "", f"{count} {operator}", escape(reason))
+    if len(alike) > _MOST_ROWS:
+        table.add_row("computes in float", "", f"{sum(count for _, count in alike[_MOST_ROWS:])} others", "")
     arithmetic = v["integer_arithmetic"]
     table.add_row("each kernel = float", "", f"within {steps(arithmetic['steps'])}", f"{arithmetic['share']:.2g} % of codes differ")
     if v["simulated_arithmetic"] is not None:

@@ -177,3 +177,11 @@ def ranges_line(choices: list[dict[str, Any]]) -> str:
         for choice in choices
     )
     return f"chosen by the SQNR of the outputs with these activations alone quantized: {tried}"
+
+
+def unnamed(reason: str) -> tuple[str, str]:
+    """A reason without the one value that it names in quotes, so that nodes with the same reason can be counted; and that value, or ""."""
+    parts = reason.split("'")
+    if len(parts) != 3:
+        return reason, ""
+    return reason.replace(f"its result '{parts[1]}'", "its result").replace(f"'{parts[1]}'", "a value"), parts[1]

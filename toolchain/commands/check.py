@@ -59,6 +59,7 @@ def _as_loaded(file: Path, named: AbstractSet[str]) -> "Iterator[Violation]":
 
     from .. import runtime
     from ..float_operators import float_operators
+    from ..wording import unnamed
 
     try:
         operators = float_operators(runtime.optimized(file))
@@ -67,9 +68,8 @@ def _as_loaded(file: Path, named: AbstractSet[str]) -> "Iterator[Violation]":
         return
     for row in operators:
         if row.node not in named:
-            _, *named_value = row.reason.split("'")  # the value that a reason names is the node's own: rows with the same reason are one
-            value = named_value[0] if len(named_value) == 2 else ""
-            yield Violation(row.node, row.op_type, f"runs in float: {row.reason.replace(repr(value), 'a value')}", "slow", value)
+            reason, value = unnamed(row.reason)
+            yield Violation(row.node, row.op_type, f"runs in float: {reason}", "slow", value)
 
 
 def _lines(found: "Iterable[Violation]", verbose: bool) -> Iterator[str]:
