@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from exporters import export_qdq, write_model
+from exporters.diff import compare
 from tests import zoo
 from toolchain import encodings, run_folder, runtime
 from toolchain.config import Config
@@ -138,6 +139,7 @@ def test_a_copy_is_one_integer_kernel_where_that_makes_the_same_codes(steps: flo
     assert not {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Identity", "Squeeze"} & set(kinds)
     (moved,) = (found for found in kernel_differences(model, SAMPLES.inputs) if found.name == copied)
     assert moved.steps == 0.0
+    assert not compare(source.model, model).changes
 
 
 def test_a_finer_shortcut_is_a_better_model(tmp_path: Path) -> None:
