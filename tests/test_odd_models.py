@@ -258,11 +258,24 @@ def pairs() -> tuple[onnx.ModelProto, Arrays]:
     return made(nodes, [value("x", FLOAT, "two", 8)], [value("y", FLOAT, "one", 4)], constants), {"x": VECTORS}
 
 
+def even_attention() -> tuple[onnx.ModelProto, Arrays]:
+    """Probabilities all near 1/16: a scale that uses all codes for them makes ONNX Runtime's softmax kernel overflow."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["k"]),
+        helper.make_node("Add", ["k", "k"], ["q"]),
+        helper.make_node("Softmax", ["q"], ["p"]),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    constants = {"w": weight(8, 16) * np.float32(0.02), "v": weight(16, 4)}
+    return made(nodes, [value("x", FLOAT, "N", 8)], [value("y", FLOAT, "N", 4)], constants), {"x": VECTORS}
+
+
 MODELS = {
     builder.__name__: builder
     for builder in (
         constant_outputs, class_maps, unequal_sequence, strings_in, strange_names, infinite_weight, sparse, stacked_weights, folded_windows,
         causal_mask, steps_first, one_sequence, one_image, one_vector, doubles, halves, inputs_handed_out, fixed_rows,
+        even_attention,
     )
 }  # fmt: skip
 EXACT = {"inputs_handed_out": {"same", "part"}}
