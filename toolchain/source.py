@@ -434,9 +434,7 @@ def _with_sample_axes(source: SourceModel) -> SourceModel:
     if not any(size > 1 if isinstance(size, int) else size is not None and _STEPS.search(size) for size in sizes):
         return source
     count = source.batch or _FEW
-    open_sizes: dict[str | None, int] = {
-        size: count for size in sizes if isinstance(size, str)
-    }  # an axis of the same name is as long: nodes x nodes
+    open_sizes: dict[str | None, int] = {size: count for size in sizes if isinstance(size, str)}  # same name, same length: nodes x nodes
     shapes = {s.name: tuple(d if isinstance(d, int) else open_sizes.get(d, _SMALL) for d in s.sample_shape) for s in source.inputs}
     if sum(map(math.prod, shapes.values())) * count > _MOST_NOISE:
         return source

@@ -122,7 +122,7 @@ def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
     Raises:
         UsageError: it was asked for, and cannot be done.
     """
-    if config.compile == "off":
+    if config.compile == "off" or config.algorithm == "bit-split":  # it has no quantizers that learn
         return False
     values = {name for piece in _learning(units.pieces, table) for node in piece.block.nodes for name in node.outputs if name in table}
     elements = sum(math.prod(units.types.shapes[name]) for name in values if name in units.types.shapes)
