@@ -5,6 +5,7 @@ Qualcomm's and ONNX Runtime's pages on the QNN execution provider, and, for ONNX
 QNN themselves were not run.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,6 +95,17 @@ class File:
 
     def is_constant(self, value: str) -> bool:
         return value in self._tensors
+
+    def shape(self, value: str) -> tuple[int | None, ...]:
+        """The shape that the file notes for a value, None for an open axis; () where it notes none."""
+        noted = self._noted.get(value)
+        if noted is None:
+            return ()
+        return tuple(axis.dim_value if axis.HasField("dim_value") else None for axis in noted.type.tensor_type.shape.dim)
+
+    @cached_property
+    def _noted(self) -> dict[str, onnx.ValueInfoProto]:
+        return {value.name: value for value in (*self.graph.value_info, *self.graph.input, *self.graph.output)}
 
     @cached_property
     def of_shapes(self) -> set[str]:
@@ -321,6 +333,23 @@ def _ort_cpu(file: File) -> Iterator[Violation]:
             yield _at(node, "int4 weights are dequantized and run in float", "slow")
         if node.op_type == "Conv" and not _is_quantized_behind(file, node.output[0]):
             yield _at(node, "its result is not quantized, behind its activation if it has one: it runs in float", "slow")
+    for node in file.graph.node:
+        if node.op_type == "Softmax" and file.dequantized(node.input[0]) is not None and _sums_too_finely(file, node):
+            yield _at(node, _TOO_FINE, "inexact", node.output[0])
+
+
+_TOO_FINE = "its result has a finer scale than 1 / (e^5 D), D the size of its axis: the kernel's 32-bit sum overflows and makes zeros"
+
+
+def _sums_too_finely(file: File, softmax: onnx.NodeProto) -> bool:
+    """Whether ONNX Runtime's QLinearSoftmax (of 1.31.1, as measured) overflows; not told where the size of the axis is not in the file."""
+    shape = file.shape(softmax.output[0]) or file.shape(softmax.input[0])
+    size = shape[next((a.i for a in softmax.attribute if a.name == "axis"), -1)] if shape else None
+    if size is None:
+        return False
+    pairs = [file.pair(reader) for reader in file.readers.get(softmax.output[0], []) if reader.op_type == "QuantizeLinear"]
+    scales = [pair.scale for pair in pairs if pair.kind in (TensorProto.UINT8, TensorProto.INT8)]
+    return any(scale is not None and float(scale.min()) * size < math.exp(-5) for scale in scales)
 
 
 def _is_quantized_behind(file: File, value: str) -> bool:

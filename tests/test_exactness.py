@@ -1,6 +1,7 @@
 """Hard cases of exactness: another quantizer's codes for the same ranges, dead channels, constant activations, overflowing biases."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from onnx import numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from exporters import export_qdq
+from exporters.check import check
 from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
@@ -151,3 +153,19 @@ def test_attention_that_is_nearly_even_keeps_to_what_the_kernel_can_sum(method: 
 def optimised(model: onnx.ModelProto, folder: Path) -> onnx.GraphProto:
     onnx.save(model, folder / "exported.onnx")
     return runtime.optimized(folder / "exported.onnx")
+
+
+def test_a_table_of_another_target_that_the_kernel_cannot_sum_is_told(tmp_path: Path) -> None:
+    """The rule of `check` finds the overflow that the kernel makes."""
+    b = zoo.Builder({"x": ["N", 16, 6]})
+    model = b.model(b.op("MatMul", b.op("Softmax", b.op("MatMul", "x", b.weight("w", (6, 16), 10**4))), "x"))
+    samples = Samples({"x": np.random.default_rng(0).normal(size=(8, 16, 6)).astype(np.float32)})
+    source, table, right = made(model, tmp_path, samples, algorithm="minmax")
+    softmax = next(node for node in source.graph.nodes if node.op_type == "Softmax")
+    value = softmax.outputs[0]
+    fine = replace(table[value], scale=np.float32(1 / (150 * 16)))  # as a table for a runtime with another kernel has it
+    wrong = export_qdq(source.model, table.updated({value: fine}))
+    for exported, is_told in ((right, False), (wrong, True)):
+        told = [v for v in check(exported, "ort-cpu") if v.value == value]
+        assert [(v.effect, v.node) for v in told] == ([("inexact", softmax.name)] if is_told else [])
+        assert (check_kernels(exported, samples.inputs).steps > 1) == is_told

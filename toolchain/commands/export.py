@@ -111,14 +111,19 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     check_loads(exported)
     write_model(exported, output)
     console.print(f"wrote {escape(str(output))} for {scheme.name}")
-    _check_rules(exported, scheme.name, output)
+    _check_rules(exported, scheme.name, output, console)
 
 
-def _check_rules(exported: "onnx.ModelProto", target: str, output: Path) -> None:
-    """Say that the runtime which a file is for would not take it, because its grids were learned under other rules."""
+def _check_rules(exported: "onnx.ModelProto", target: str, output: Path, console: Console) -> None:
+    """Say what the runtime which a file is for computes otherwise or would not take, because its grids were learned under other rules."""
     from exporters import check
 
-    broken = Counter(v.rule for v in check.check(exported, target) if v.is_error) if target in check.CHECKED else Counter[str]()
-    if broken:
-        rules = "; ".join(f"{rule} ({count} {'node' if count == 1 else 'nodes'})" for rule, count in broken.most_common())
-        raise TargetRuleError(f"{output}: is written, but {target} refuses it: {rules}; quantize with --target {target} instead")
+    found = check.check(exported, target) if target in check.CHECKED else ()
+    moved, refused = (
+        "; ".join(f"{rule} ({count} {'node' if count == 1 else 'nodes'})" for rule, count in rules.most_common())
+        for rules in (Counter(v.rule for v in found if v.effect == effect) for effect in ("inexact", "refused"))
+    )
+    if moved:
+        console.print(f"[yellow]{target} computes something else:[/yellow] {escape(moved)}; quantize with --target {target} instead")
+    if refused:
+        raise TargetRuleError(f"{output}: is written, but {target} refuses it: {refused}; quantize with --target {target} instead")
