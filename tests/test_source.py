@@ -193,15 +193,42 @@ def test_only_sample_arrays_are_batched(tmp_path: Path) -> None:
     assert shape not in types.batched
 
 
-def test_windows_folded_into_a_fixed_batch_are_given_back_by_a_number(tmp_path: Path) -> None:
+def test_windows_folded_into_a_fixed_batch_follow_the_number_of_samples(tmp_path: Path) -> None:
     """[2, 3, 8, 8] in four windows each is [8, 3, 4, 4]: the reshape behind them says 2, and its first axis is no copy of 8."""
     b = zoo.Builder({"x": [2, 3, 8, 8]})
     split = b.op("Reshape", "x", b.constant("split", np.array([8, 3, 4, 4], np.int64)))
     y = b.op("Reshape", b.conv(split, 3, 3), b.constant("back", np.array([2, 192], np.int64)))
     model = b.model(b.linear(y, 192, 5))
     x = zoo.images(2).inputs
-    found = outputs(zoo.loaded(model, tmp_path).model, x)[0]
+    source = zoo.loaded(model, tmp_path)
+    found = outputs(source.model, x)[0]
     np.testing.assert_allclose(found, outputs(model, x)[0], atol=1e-5, rtol=0)  # float32 sums in another order
+    assert infer_types(source, {"x": (3, 8, 8)}).batch is None
+
+
+def tokens() -> onnx.ModelProto:
+    """What torch exports for one sample: [1, 4, 6] by a linear layer over three axes, then flat, with `allowzero` as it always sets it."""
+    b = zoo.Builder({"x": [1, 4, 6]})
+    y = b.op("MatMul", "x", b.constant("w", np.linspace(-1, 1, 48).reshape(6, 8).astype(np.float32)))
+    y = b.op("Add", y, b.constant("bias", np.ones(8, np.float32)))
+    y = b.op("Reshape", b.op("Relu", y), b.constant("flat", np.array([1, 32], np.int64)), allowzero=1)
+    return b.model(b.linear(y, 32, 5))
+
+
+def test_a_model_exported_for_one_sample_runs_on_many_at_a_time(tmp_path: Path) -> None:
+    source = zoo.loaded(tokens(), tmp_path)
+    assert infer_types(source, {"x": (4, 6)}).batch is None
+
+
+def test_what_the_runtime_fused_leaves_it_the_names_to_fuse_again(tmp_path: Path) -> None:
+    """It names the shapes around a Gemm that it makes of MatMul and Add without looking, and refuses a model that has them already."""
+    model = onnx.ModelProto()
+    model.CopyFrom(zoo.loaded(tokens(), tmp_path).model)
+    assert any(node.op_type == "Reshape" and "gemm_" in node.name for node in model.graph.node)  # it did fuse
+    weight = next(tensor.name for tensor in model.graph.initializer if list(tensor.dims) == [6, 8])
+    model.graph.node.extend([helper.make_node("MatMul", ["x", weight], ["again"]), helper.make_node("Add", ["again", "bias"], ["sum"])])
+    model.graph.output.append(helper.make_tensor_value_info("sum", TensorProto.FLOAT, [1, 4, 8]))
+    assert [array.shape for array in outputs(model, {"x": np.ones((1, 4, 6), np.float32)})] == [(1, 5), (1, 4, 8)]
 
 
 @pytest.mark.parametrize("flat", [True, False])

@@ -1,6 +1,7 @@
 """From an ONNX file to a checked protobuf in the one form that every later stage works on."""
 
 import itertools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from .raising import MIN_OPSET, opset_of, raised
 
 # Of `exporters.qdq`.
 _EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes")
+# ONNX Runtime's MatMulAddFusion names the shapes it makes so, without looking whether a constant has that name, and then refuses the model.
+_RUNTIME_NAMES = ("gemm_input_shape", "gemm_output_shape")
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -91,7 +94,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     model.opset_import.extend(imports)
     _make_dense(model.graph)
     _restore_weight_names(model.graph, original_names)
-    _free_export_names(model.graph)
+    _free_names(model.graph)
     _give_own_biases(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
@@ -166,13 +169,15 @@ def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
     return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
 
 
-def _free_export_names(graph: onnx.GraphProto) -> None:
-    """Rename values that have the name which the exporter gives to a scale, or to the codes, of another one (`conv` and `conv_scale`)."""
+def _free_names(graph: onnx.GraphProto) -> None:
+    """Rename values whose names are given later: by the exporter to a scale or the codes of another value (`conv` and `conv_scale`), or by
+    ONNX Runtime when it optimises the exported file, whose MatMul and Add it joins where it did not in the float model."""
     fixed = {value.name for value in (*graph.input, *graph.output)}
     values = fixed | {tensor.name for tensor in graph.initializer} | {value for node in graph.node for value in node.output}
     renamed: dict[str, str] = {}
     for name in sorted(values - fixed):
-        if any(name.endswith(suffix) and name.removesuffix(suffix) in values for suffix in _EXPORT_SUFFIXES):
+        exported = any(name.endswith(suffix) and name.removesuffix(suffix) in values for suffix in _EXPORT_SUFFIXES)
+        if exported or name.startswith(_RUNTIME_NAMES):
             new = f"{name}_"
             while new in values:
                 new += "_"
@@ -208,10 +213,11 @@ def _make_dense(graph: onnx.GraphProto) -> None:
 
 
 def _open_batch(model: onnx.ModelProto) -> None:
-    """Let reshapes of a fixed-batch model copy their first axis (0) instead of naming it, so that it can be run on any batch.
+    """Let reshapes of a fixed-batch model follow the number of samples instead of naming it, so that it can be run on any batch.
 
-    Only where what is reshaped has the samples first: windows that were folded into the batch are given back by a number. The declared
-    input shape stays, and so does every result for the declared batch.
+    What has the samples first keeps its first axis (0); what has them folded into the first axis, or takes them out of it (windows, the
+    matrices of a Gemm), is given the first axis that is left (-1). The declared input shape stays, and so does every result for the
+    declared batch; whether another batch gives each sample its own result is for `source.infer_types` to find out.
     """
     graph = model.graph
     batches = {value.type.tensor_type.shape.dim[0].dim_value for value in graph.input if value.type.tensor_type.shape.dim}
@@ -219,14 +225,26 @@ def _open_batch(model: onnx.ModelProto) -> None:
         return
     batch = batches.pop()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    first = {value.name: value.type.tensor_type.shape.dim[0].dim_value for value in _inferred(model) if value.type.tensor_type.shape.dim}
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in _inferred(model)}
     for node in graph.node:
-        if node.op_type == "Reshape" and node.input[1] in tensors and not any(a.name == "allowzero" and a.i for a in node.attribute):
-            shape = numpy_helper.to_array(tensors[node.input[1]])
-            if len(shape) > 1 and shape[0] == batch == first.get(node.input[0]):
-                name = f"{node.name}_shape"
-                graph.initializer.append(numpy_helper.from_array(np.array([0, *shape[1:]], np.int64), name))
-                node.input[1] = name
+        if node.op_type != "Reshape" or node.input[1] not in tensors or not shapes.get(node.input[0]):
+            continue
+        shape, given = [int(size) for size in numpy_helper.to_array(tensors[node.input[1]])], shapes[node.input[0]]
+        if len(shape) < 2 or 0 in shape or shape[0] == -1:  # a first axis that is copied or left over follows by itself
+            continue
+        if shape[0] == batch == given[0]:
+            shape[0] = 0
+        elif given[0] and shape[0] % batch == given[0] % batch == 0 and (-1 not in shape or 0 not in given):
+            rest = -math.prod(shape)  # of a shape with -1: all but that
+            shape = [-1, *(math.prod(given) // rest if size == -1 else size for size in shape[1:])]
+        else:
+            continue
+        kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]  # torch sets it where no axis is 0 too
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        name = f"{node.name}_shape"
+        graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+        node.input[1] = name
 
 
 def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
