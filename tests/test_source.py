@@ -231,6 +231,26 @@ def test_what_the_runtime_fused_leaves_it_the_names_to_fuse_again(tmp_path: Path
     assert [array.shape for array in outputs(model, {"x": np.ones((1, 4, 6), np.float32)})] == [(1, 5), (1, 4, 8)]
 
 
+def test_projections_of_an_attention_are_layers_with_a_bias_as_other_linear_layers_are(tmp_path: Path) -> None:
+    """ONNX Runtime leaves the projections of a float model as MatMul and Add, and makes them a Gemm in float where they read codes."""
+    b = zoo.Builder({"x": [1, 4, 6]})
+    scale, bias = b.constant("scale", np.ones(6, np.float32)), b.constant("bias", np.linspace(-1, 1, 6).astype(np.float32))
+
+    def projected(x: str) -> str:
+        return b.op("Add", b.op("MatMul", x, b.weight(f"w{len(b.nodes)}", (6, 6), 6)), bias)
+
+    normed = b.op("LayerNormalization", "x", scale, bias)
+    query, key, value = (projected(normed) for _ in range(3))
+    weights = b.op("Softmax", b.op("MatMul", query, b.op("Transpose", key, perm=[0, 2, 1])))
+    added = b.op("Add", projected(b.op("MatMul", weights, value)), normed)
+    model = b.model(b.op("LayerNormalization", added, scale, bias))
+    source = zoo.loaded(model, tmp_path)
+    assert [node.op_type for node in source.graph.weighted] == ["Gemm"] * 4
+    x = {"x": np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float32)}
+    np.testing.assert_allclose(outputs(source.model, x)[0], outputs(model, x)[0], atol=1e-5, rtol=0)  # float32 sums in another order
+    assert infer_types(source, {"x": (4, 6)}).batch is None
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_sparse_weights_are_made_dense(flat: bool, tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 6]})

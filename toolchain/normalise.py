@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import inliner, numpy_helper, shape_inference
+from onnx import helper, inliner, numpy_helper, shape_inference
 
 from . import large, runtime
 from .errors import UnsupportedModelError
@@ -98,6 +98,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _give_own_biases(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
+    _join_biases(model)
     _open_batch(model)
     return model
 
@@ -210,6 +211,45 @@ def _make_dense(graph: onnx.GraphProto) -> None:
         dense[np.unravel_index(places, dense.shape) if places.ndim == 1 else tuple(places.T)] = values
         graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
     del graph.sparse_initializer[:]
+
+
+def _join_biases(model: onnx.ModelProto) -> None:
+    """MatMul and Add of shapes that are known as the Gemm on rows that ONNX Runtime makes of them, where it leaves them in a float model.
+
+    It leaves the projections of an attention behind LayerNormalization for a fusion that never comes on codes, and makes them a Gemm with
+    a float bias in the exported file, which then computes in float.
+    """
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in _inferred(model)}
+    readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
+    adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
+    for node in [node for node in graph.node if node.op_type == "MatMul" and node.domain in ONNX_DOMAINS]:
+        given, weight, add = shapes.get(node.input[0]), tensors.get(node.input[1]), adds.get(node.output[0])
+        if (
+            not given
+            or 0 in given
+            or len(given) < 3
+            or weight is None
+            or len(weight.dims) != 2
+            or add is None
+            or readers[node.output[0]] > 1
+        ):
+            continue
+        bias = next((name for name in add.input if name in tensors), "")
+        if not bias or list(tensors[bias].dims) != [weight.dims[1]]:
+            continue
+        rows, product = f"{node.output[0]}_rows", f"{node.output[0]}_product"
+        for name, shape in ((f"{rows}_shape", [math.prod(given[:-1]), given[-1]]), (f"{product}_shape", [*given[:-1], weight.dims[1]])):
+            graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
+        before = helper.make_node("Reshape", [node.input[0], f"{rows}_shape"], [rows], f"{node.name}_rows")
+        after = helper.make_node("Reshape", [product, f"{product}_shape"], list(add.output), f"{add.name}_product")
+        joined = helper.make_node("Gemm", [rows, node.input[1], bias], [product], node.name)
+        place = list(graph.node).index(node)
+        graph.node.remove(node)
+        for made in (after, joined, before):
+            graph.node.insert(place, made)
+        graph.node.remove(add)
 
 
 def _open_batch(model: onnx.ModelProto) -> None:
