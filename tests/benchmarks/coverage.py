@@ -50,7 +50,7 @@ PACKAGES = (
 # Shapes of one sample where a model leaves axes open, and the highest integer where it takes indices: (file, input) -> value.
 SHAPES: dict[tuple[str, str], tuple[int, ...]] = {
     (r"silero_vad(_16k_op15|_half|_op18_ifless)?\.onnx", "input"): (576,),
-    (r"silero_vad_16k_sequence\.onnx", "input"): (576,),
+    (r"silero_vad_16k_sequence\.onnx", "input"): (64, 576),
     (r"ddddocr/common(_old)?\.onnx", "input1"): (1, 64, 128),
     (r"rec_(small|infer)\.onnx", "x"): (3, 48, 160),
     (r"cls_(mobile|infer)\.onnx", "x"): (3, 48, 192),
