@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .activations import Passes, Piece, Value, constants_of, run_piece
+from .cpu import give_back_freed_memory
 from .losses import full_loss
 from .minibatch import Draw
 from .placement import Bias
@@ -159,7 +160,9 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned]) -> tuple[Un
     started = time.perf_counter()
     before = unit.finish(unit.table)
     loss_before, _ = unit.outcome(before)  # its outputs are not kept while learning
+    give_back_freed_memory()
     after, curve, undecided, refusal = learn(before)
+    give_back_freed_memory()
     loss_after, outputs = unit.outcome(after)
     loss_before, loss_after = unit.processes.first((loss_before, loss_after))
     is_better = loss_after < loss_before

@@ -15,6 +15,7 @@ from .activations import Parts, Piece, TorchModel, Value
 from .baselines.adaquant import adaquant_unit
 from .baselines.bit_split import split_unit
 from .config import Config
+from .cpu import give_back_freed_memory
 from .errors import UsageError
 from .grids import biases_of, retied, with_biases
 from .partition import Block
@@ -56,6 +57,7 @@ def reconstruct(
         if len(results) == total:
             break  # nothing after the last learned weights needs the streams
         name, done = piece.block.name, len(results)
+        give_back_freed_memory()
         made = units.run(piece, floats)
         weights = learned_weights(piece, table, learnt)
         if weights and done < len(saved):
