@@ -220,6 +220,17 @@ def test_a_model_exported_for_one_sample_runs_on_many_at_a_time(tmp_path: Path) 
     assert infer_types(source, {"x": (4, 6)}).batch is None
 
 
+def test_constants_have_no_declared_shapes_beside_their_own(tmp_path: Path) -> None:
+    """What is added as [4, 1, 1] becomes a Conv's bias [4]; shape inference stops at the shape that torch declared for it."""
+    b = zoo.Builder({"x": [1, 3, 8, 8]})
+    y = b.op("Add", b.conv("x", 3, 4, bias=False), b.constant("bias", np.ones((4, 1, 1), np.float32)))
+    model = b.model(b.head(y, 4))
+    model.graph.value_info.append(helper.make_tensor_value_info("bias", TensorProto.FLOAT, [4, 1, 1]))
+    source = zoo.loaded(model, tmp_path)
+    assert source.constants["bias"].shape == (4,)
+    assert not source.constants.keys() & {info.name for info in source.model.graph.value_info}
+
+
 def test_what_the_runtime_fused_leaves_it_the_names_to_fuse_again(tmp_path: Path) -> None:
     """It names the shapes around a Gemm that it makes of MatMul and Add without looking, and refuses a model that has them already."""
     model = onnx.ModelProto()

@@ -119,6 +119,9 @@ def _restore_weight_names(graph: onnx.GraphProto, original: set[str]) -> None:
         for index, value in enumerate(node.input):
             if value in renamed:
                 node.input[index] = renamed[value]
+    declared = [info for info in graph.value_info if info.name not in taken]  # of constants: the shape before, at which inference stops
+    del graph.value_info[:]
+    graph.value_info.extend(declared)
 
 
 def _give_own_biases(graph: onnx.GraphProto) -> None:
