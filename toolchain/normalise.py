@@ -227,32 +227,33 @@ def _join_biases(model: onnx.ModelProto) -> None:
     shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in _inferred(model)}
     readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
     adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
-    for node in [node for node in graph.node if node.op_type == "MatMul" and node.domain in ONNX_DOMAINS]:
-        given, weight, add = shapes.get(node.input[0]), tensors.get(node.input[1]), adds.get(node.output[0])
-        if (
-            not given
-            or 0 in given
-            or len(given) < 3
-            or weight is None
-            or len(weight.dims) != 2
-            or add is None
-            or readers[node.output[0]] > 1
-        ):
+    taken = {*tensors, *shapes, *(value for node in graph.node for value in node.output)}
+    made: dict[str, tuple[onnx.NodeProto, ...]] = {}  # what stands in the place of the nodes that make these values
+    for node in graph.node:
+        if node.op_type != "MatMul" or node.domain not in ONNX_DOMAINS:
+            continue
+        given, weight, add = shapes.get(node.input[0], []), tensors.get(node.input[1]), adds.get(node.output[0])
+        is_known = len(given) > 2 and 0 not in given
+        if not is_known or weight is None or len(weight.dims) != 2 or add is None or readers[node.output[0]] > 1:
             continue
         bias = next((name for name in add.input if name in tensors), "")
         if not bias or list(tensors[bias].dims) != [weight.dims[1]]:
             continue
         rows, product = f"{node.output[0]}_rows", f"{node.output[0]}_product"
+        if taken & {rows, product, f"{rows}_shape", f"{product}_shape"}:
+            continue
         for name, shape in ((f"{rows}_shape", [math.prod(given[:-1]), given[-1]]), (f"{product}_shape", [*given[:-1], weight.dims[1]])):
             graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
-        before = helper.make_node("Reshape", [node.input[0], f"{rows}_shape"], [rows], f"{node.name}_rows")
-        after = helper.make_node("Reshape", [product, f"{product}_shape"], list(add.output), f"{add.name}_product")
-        joined = helper.make_node("Gemm", [rows, node.input[1], bias], [product], node.name)
-        place = list(graph.node).index(node)
-        graph.node.remove(node)
-        for made in (after, joined, before):
-            graph.node.insert(place, made)
-        graph.node.remove(add)
+        made[add.output[0]] = ()
+        made[node.output[0]] = (
+            helper.make_node("Reshape", [node.input[0], f"{rows}_shape"], [rows], f"{node.name}_rows"),
+            helper.make_node("Gemm", [rows, node.input[1], bias], [product], node.name),
+            helper.make_node("Reshape", [product, f"{product}_shape"], list(add.output), f"{add.name}_product"),
+        )
+    if made:
+        nodes = [kept for node in graph.node for kept in (made.get(node.output[0], (node,)) if node.output else (node,))]
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 def _open_batch(model: onnx.ModelProto) -> None:
