@@ -231,6 +231,17 @@ def test_constants_have_no_declared_shapes_beside_their_own(tmp_path: Path) -> N
     assert not source.constants.keys() & {info.name for info in source.model.graph.value_info}
 
 
+def test_a_mask_taken_from_the_first_sample_keeps_the_model_to_one_at_a_time(tmp_path: Path) -> None:
+    """Exported for one sample, a model may look at sample 0 by its number; only samples with another mask tell."""
+    b = zoo.Builder({"x": [1, 6], "mask": [1, 6]})
+    first = b.op("Gather", "mask", b.constant("zero", np.array([0], np.int64)), axis=0)
+    source = zoo.loaded(b.model(b.linear(b.op("Mul", "x", first), 6, 5)), tmp_path)
+    x, mask = np.random.default_rng(0).normal(size=(64, 6)).astype(np.float32), np.ones((64, 6), np.float32)
+    mask[37, 4:] = 0
+    assert infer_types(source, {"x": (6,), "mask": (6,)}, {"x": x, "mask": mask}).batch == 1
+    assert infer_types(source, {"x": (6,), "mask": (6,)}, {"x": x, "mask": np.ones_like(mask)}).batch is None  # then it makes no difference
+
+
 def test_what_the_runtime_fused_leaves_it_the_names_to_fuse_again(tmp_path: Path) -> None:
     """It names the shapes around a Gemm that it makes of MatMul and Add without looking, and refuses a model that has them already."""
     model = onnx.ModelProto()

@@ -26,6 +26,7 @@ from .stored import StoredWeight, find_stored, lift_weights
 QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 Shape = tuple[int | None, ...]
 _MOST_NOISE = 1 << 26  # elements of a sample that is only made up to look at shapes
+_BESIDE = 4  # samples that are run together to see whether each has the result that it has alone
 _FEW, _SMALL = 4, 8  # samples, and the size of other open axes, where it is only to be seen whether an axis counts samples
 # Axes that are called so may count the parts of one sample.
 _STEPS = re.compile(r"seq|time|len|frame|step|token|point|node|edge|word|char|^[tl]$", re.IGNORECASE)
@@ -350,20 +351,34 @@ def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) ->
     axes = source.axes
     if runtime.differing(examples, axes):
         return False
-    count = source.batch
-    once = {name: array[np.arange(count) % len(array)] for name, array in examples.items()}
-    twice = {name: np.concatenate([array, array]) if axes[name] is not None else array for name, array in once.items()}
     names = list(source.graph.outputs)
+    count = len(next(iter(examples.values())))
+    groups = [(start + np.arange(source.batch)) % count for start in _unlike(examples, max(_BESIDE // source.batch, 2))]
     try:
         session = runtime.session(opened(source))
-        one, two = (runtime.execute(session, runtime.batched(feeds, axes), names) for feeds in (once, twice))
+        alone, (together,) = (
+            [runtime.execute(session, runtime.batched({n: array[rows] for n, array in examples.items()}, axes), names) for rows in runs]
+            for runs in (groups, [np.concatenate(groups)])
+        )
     except UnsupportedModelError:
         return False
-    return all(
-        np.shape(two[name]) == (2 * count, *np.shape(one[name])[1:]) and _alike(one[name], two[name][count:])
-        for name in names
-        if np.shape(one[name])[:1] == (count,)
-    ) and any(np.shape(one[name])[:1] == (count,) for name in names)
+    counted = [name for name in names if np.shape(alone[0][name])[:1] == (source.batch,)]
+    return bool(counted) and all(
+        np.shape(together[name]) == (len(groups) * source.batch, *np.shape(alone[0][name])[1:])
+        and all(_alike(found[name], part) for found, part in zip(alone, np.split(together[name], len(groups)), strict=True))
+        for name in counted
+    )
+
+
+def _unlike(examples: Mapping[str, np.ndarray], most: int) -> list[int]:
+    """Samples to be held beside each other: `most` from all over, and of each input the first that is unlike sample 0 (a shorter mask).
+
+    Alike samples would not tell that a model gives all what is the first one's. One sample is held beside itself.
+    """
+    count = len(next(iter(examples.values())))
+    spread = [int(index) for index in np.linspace(0, count - 1, min(count, most))]
+    others = [int((array.reshape(count, -1) != array[:1].reshape(1, -1)).any(axis=1).argmax()) for array in examples.values()]
+    return list(dict.fromkeys([*spread, *others])) if count > 1 else [0, 0]
 
 
 def _ask_runtime(
