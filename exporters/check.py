@@ -345,7 +345,7 @@ def _sums_too_finely(file: File, softmax: onnx.NodeProto) -> bool:
     """Whether ONNX Runtime's QLinearSoftmax (of 1.31.1, as measured) overflows; not told where the size of the axis is not in the file."""
     shape = file.shape(softmax.output[0]) or file.shape(softmax.input[0])
     size = shape[next((a.i for a in softmax.attribute if a.name == "axis"), -1)] if shape else None
-    if size is None:
+    if not size:  # open, or an axis without elements
         return False
     pairs = [file.pair(reader) for reader in file.readers.get(softmax.output[0], []) if reader.op_type == "QuantizeLinear"]
     scales = [pair.scale for pair in pairs if pair.kind in (TensorProto.UINT8, TensorProto.INT8)]

@@ -119,6 +119,13 @@ def test_a_fixed_batch_can_be_run_on_any(tmp_path: Path) -> None:
     assert source.graph.outputs[0] in types.batched
 
 
+def test_a_reshape_that_copies_other_axes_follows_the_batch_too(tmp_path: Path) -> None:
+    """As PaddlePaddle writes them: 1 for the batch, 0 for the channels, and what is left."""
+    b = zoo.Builder({"x": [1, 3, 8, 8]})
+    y = b.op("ReduceMean", b.op("Reshape", b.conv("x", 3, 4), b.constant("shape", np.array([1, 0, -1], np.int64))), axes=[2], keepdims=0)
+    assert infer_types(zoo.loaded(b.model(b.linear(y, 4, 5)), tmp_path), {"x": (3, 8, 8)}).batch is None
+
+
 def test_layers_that_share_a_bias_have_one_each(tmp_path: Path) -> None:
     """A head over two feature maps: one weight, and a bias whose int32 steps differ with the maps."""
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
@@ -268,6 +275,7 @@ def test_projections_of_an_attention_are_layers_with_a_bias_as_other_linear_laye
     model = b.model(b.op("LayerNormalization", added, scale, bias))
     source = zoo.loaded(model, tmp_path)
     assert [node.op_type for node in source.graph.weighted] == ["Gemm"] * 4
+    assert len({node.inputs[2] for node in source.graph.weighted}) == 4  # each has int32 steps of its own
     x = {"x": np.random.default_rng(0).normal(size=(1, 4, 6)).astype(np.float32)}
     np.testing.assert_allclose(outputs(source.model, x)[0], outputs(model, x)[0], atol=1e-5, rtol=0)  # float32 sums in another order
     assert infer_types(source, {"x": (4, 6)}).batch is None

@@ -94,11 +94,12 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     model.opset_import.extend(imports)
     _make_dense(model.graph)
     _restore_weight_names(model.graph, original_names)
+    _forget_shapes_of_constants(model.graph)
     _free_names(model.graph)
+    _join_biases(model)
     _give_own_biases(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
-    _join_biases(model)
     _open_batch(model)
     return model
 
@@ -119,7 +120,12 @@ def _restore_weight_names(graph: onnx.GraphProto, original: set[str]) -> None:
         for index, value in enumerate(node.input):
             if value in renamed:
                 node.input[index] = renamed[value]
-    declared = [info for info in graph.value_info if info.name not in taken]  # of constants: the shape before, at which inference stops
+
+
+def _forget_shapes_of_constants(graph: onnx.GraphProto) -> None:
+    """What the file declared for a constant is its shape before it was folded, at which inference stops."""
+    constants = {tensor.name for tensor in graph.initializer}
+    declared = [info for info in graph.value_info if info.name not in constants]
     del graph.value_info[:]
     graph.value_info.extend(declared)
 
@@ -224,25 +230,28 @@ def _join_biases(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in _inferred(model)}
     readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
     adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
-    taken = {*tensors, *shapes, *(value for node in graph.node for value in node.output)}
-    made: dict[str, tuple[onnx.NodeProto, ...]] = {}  # what stands in the place of the nodes that make these values
+    found: list[tuple[onnx.NodeProto, onnx.NodeProto, str, int]] = []
     for node in graph.node:
         if node.op_type != "MatMul" or node.domain not in ONNX_DOMAINS:
             continue
-        given, weight, add = shapes.get(node.input[0], []), tensors.get(node.input[1]), adds.get(node.output[0])
-        is_known = len(given) > 2 and 0 not in given
-        if not is_known or weight is None or len(weight.dims) != 2 or add is None or readers[node.output[0]] > 1:
+        weight, add = tensors.get(node.input[1]), adds.get(node.output[0])
+        if weight is None or len(weight.dims) != 2 or add is None or readers[node.output[0]] > 1:
             continue
         bias = next((name for name in add.input if name in tensors), "")
-        if not bias or list(tensors[bias].dims) != [weight.dims[1]]:
+        if bias and list(tensors[bias].dims) == [weight.dims[1]]:
+            found.append((node, add, bias, weight.dims[1]))
+    if not found:
+        return
+    shapes = _inferred(model)
+    taken = {*tensors, *shapes, *(value for node in graph.node for value in node.output)}
+    made: dict[str, tuple[onnx.NodeProto, ...]] = {}  # what stands in the place of the nodes that make these values
+    for node, add, bias, width in found:
+        given, rows, product = shapes.get(node.input[0], []), f"{node.output[0]}_rows", f"{node.output[0]}_product"
+        if len(given) < 3 or 0 in given or taken & {rows, product, f"{rows}_shape", f"{product}_shape"}:
             continue
-        rows, product = f"{node.output[0]}_rows", f"{node.output[0]}_product"
-        if taken & {rows, product, f"{rows}_shape", f"{product}_shape"}:
-            continue
-        for name, shape in ((f"{rows}_shape", [math.prod(given[:-1]), given[-1]]), (f"{product}_shape", [*given[:-1], weight.dims[1]])):
+        for name, shape in ((f"{rows}_shape", [math.prod(given[:-1]), given[-1]]), (f"{product}_shape", [*given[:-1], width])):
             graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
         made[add.output[0]] = ()
         made[node.output[0]] = (
@@ -250,10 +259,9 @@ def _join_biases(model: onnx.ModelProto) -> None:
             helper.make_node("Gemm", [rows, node.input[1], bias], [product], node.name),
             helper.make_node("Reshape", [product, f"{product}_shape"], list(add.output), f"{add.name}_product"),
         )
-    if made:
-        nodes = [kept for node in graph.node for kept in (made.get(node.output[0], (node,)) if node.output else (node,))]
-        del graph.node[:]
-        graph.node.extend(nodes)
+    nodes = [kept for node in graph.node for kept in (made.get(node.output[0], (node,)) if node.output else (node,))]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _open_batch(model: onnx.ModelProto) -> None:
@@ -269,16 +277,18 @@ def _open_batch(model: onnx.ModelProto) -> None:
         return
     batch = batches.pop()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    shapes = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in _inferred(model)}
+    shapes = _inferred(model)
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] not in tensors or not shapes.get(node.input[0]):
             continue
         shape, given = [int(size) for size in numpy_helper.to_array(tensors[node.input[1]])], shapes[node.input[0]]
-        if len(shape) < 2 or 0 in shape or shape[0] == -1:  # a first axis that is copied or left over follows by itself
+        if len(shape) < 2 or shape[0] in (0, -1):  # a first axis that is copied or left over follows by itself
             continue
+        if 0 in shape and any(a.name == "allowzero" and a.i for a in node.attribute):
+            continue  # an axis without elements
         if shape[0] == batch == given[0]:
             shape[0] = 0
-        elif given[0] and shape[0] % batch == given[0] % batch == 0 and (-1 not in shape or 0 not in given):
+        elif given[0] and 0 not in shape and shape[0] % batch == given[0] % batch == 0 and (-1 not in shape or 0 not in given):
             rest = -math.prod(shape)  # of a shape with -1: all but that
             shape = [-1, *(math.prod(given) // rest if size == -1 else size for size in shape[1:])]
         else:
@@ -291,13 +301,14 @@ def _open_batch(model: onnx.ModelProto) -> None:
         node.input[1] = name
 
 
-def _inferred(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """The values of a model with what is known of their shapes."""
+def _inferred(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """What is known of the shapes of a model's values, 0 for an axis that is not."""
     try:
         graph = shape_inference.infer_shapes(large.skeleton(model)).graph
     except shape_inference.InferenceError:
         graph = model.graph
-    return [*graph.input, *graph.value_info, *graph.output]
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
 
 
 def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnx
@@ -354,12 +355,13 @@ def _takes_any_batch(source: SourceModel, examples: Mapping[str, np.ndarray]) ->
     names = list(source.graph.outputs)
     count = len(next(iter(examples.values())))
     groups = [(start + np.arange(source.batch)) % count for start in _unlike(examples, max(_BESIDE // source.batch, 2))]
+
+    def results(rows: np.ndarray) -> dict[str, Any]:
+        return runtime.execute(session, runtime.batched({name: array[rows] for name, array in examples.items()}, axes), names)
+
     try:
         session = runtime.session(opened(source))
-        alone, (together,) = (
-            [runtime.execute(session, runtime.batched({n: array[rows] for n, array in examples.items()}, axes), names) for rows in runs]
-            for runs in (groups, [np.concatenate(groups)])
-        )
+        alone, together = [results(rows) for rows in groups], results(np.concatenate(groups))
     except UnsupportedModelError:
         return False
     counted = [name for name in names if np.shape(alone[0][name])[:1] == (source.batch,)]
@@ -377,7 +379,7 @@ def _unlike(examples: Mapping[str, np.ndarray], most: int) -> list[int]:
     """
     count = len(next(iter(examples.values())))
     spread = [int(index) for index in np.linspace(0, count - 1, min(count, most))]
-    others = [int((array.reshape(count, -1) != array[:1].reshape(1, -1)).any(axis=1).argmax()) for array in examples.values()]
+    others = [next((i for i in range(1, count) if not np.array_equal(array[i], array[0])), 0) for array in examples.values()]
     return list(dict.fromkeys([*spread, *others])) if count > 1 else [0, 0]
 
 

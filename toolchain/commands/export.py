@@ -119,11 +119,12 @@ def _check_rules(exported: "onnx.ModelProto", target: str, output: Path, console
     from exporters import check
 
     found = check.check(exported, target) if target in check.CHECKED else ()
-    moved, refused = (
-        "; ".join(f"{rule} ({count} {'node' if count == 1 else 'nodes'})" for rule, count in rules.most_common())
-        for rules in (Counter(v.rule for v in found if v.effect == effect) for effect in ("inexact", "refused"))
-    )
-    if moved:
+
+    def rules(effect: str) -> str:
+        broken = Counter(violation.rule for violation in found if violation.effect == effect)
+        return "; ".join(f"{rule} ({count} {'node' if count == 1 else 'nodes'})" for rule, count in broken.most_common())
+
+    if moved := rules("inexact"):
         console.print(f"[yellow]{target} computes something else:[/yellow] {escape(moved)}; quantize with --target {target} instead")
-    if refused:
+    if refused := rules("refused"):
         raise TargetRuleError(f"{output}: is written, but {target} refuses it: {refused}; quantize with --target {target} instead")
