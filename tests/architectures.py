@@ -171,9 +171,13 @@ def vit(layers: int = 2, width: int = 32, heads: int = 4) -> onnx.ModelProto:
 
 
 def bert(
-    layers: int = 2, width: int = 32, heads: int = 4, vocabulary: int = 50, positions: int = 64, weights: Weights | None = None
-) -> onnx.ModelProto:
-    """A BERT: embeddings of token ids, an additive attention mask from a graph input, post-normalised encoder, mean pooling."""
+    layers: int = 2, width: int = 32, heads: int = 4, vocabulary: int = 50, positions: int = 64, weights: Weights | None = None,
+    masked: float = -1e4, distances: np.ndarray | None = None,
+) -> onnx.ModelProto:  # fmt: skip
+    """A BERT: embeddings of token ids, an additive attention mask from a graph input, post-normalised encoder, mean pooling.
+
+    `masked` is added to scores of tokens that are not attended to, and `distances` [1, heads, T, T] to all.
+    """
     b = Builder({"input_ids": ["N", "T"], "attention_mask": ["N", "T"]})
     b.dtypes = dict.fromkeys(b.inputs, onnx.TensorProto.INT64)
     rng = np.random.default_rng(9)
@@ -192,7 +196,9 @@ def bert(
     x = b.op("Add", b.op("Add", words, places), constant("embeddings.types", 1, width))
     x = b.op("LayerNormalization", x, constant("embeddings.norm.weight", width), constant("embeddings.norm.bias", width), epsilon=1e-12)
     kept = b.op("Cast", b.op("Unsqueeze", "attention_mask", b.constant("axes", np.array([1, 2], np.int64))), to=onnx.TensorProto.FLOAT)
-    most, lowest = b.constant("most", np.array(1.0, np.float32)), b.constant("lowest", np.array(-1e4, np.float32))
+    most, lowest = b.constant("most", np.array(1.0, np.float32)), b.constant("lowest", np.array(masked, np.float32))
     mask = b.op("Mul", b.op("Sub", most, kept), lowest)
+    if distances is not None:
+        mask = b.op("Add", mask, b.constant("distances", distances.astype(np.float32)))
     x = transformer(b, x, layers, width, heads, None, mask, pre=False, weights=weights)
     return b.model(b.op("ReduceMean", x, axes=[1], keepdims=0))

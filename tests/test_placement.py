@@ -19,7 +19,7 @@ from toolchain.source import SourceModel, infer_types
 
 def placed(model: onnx.ModelProto, folder: Path, *, keep: tuple[str, ...] = (), **bits: Any) -> tuple[SourceModel, Placement]:
     source = zoo.loaded(model, folder)
-    types = infer_types(source, {spec.name: tuple(int(d or 0) for d in spec.shape[1:]) for spec in source.inputs})
+    types = infer_types(source, {spec.name: tuple(d if isinstance(d, int) else 12 for d in spec.shape[1:]) for spec in source.inputs})
     return source, place(source, types, ORT_CPU, Precision(**bits), match_nodes(source.graph, keep))
 
 

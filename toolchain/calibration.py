@@ -46,6 +46,14 @@ class Histogram:
         counts = self._counts_at(exponent) + other._counts_at(exponent)
         return Histogram(min(self.low, other.low), max(self.high, other.high), exponent, counts)
 
+    def above(self, low: float) -> "Histogram":
+        """The histogram of the same values with all below `low` moved there; the range stays exact, other values move to bins' centres."""
+        low, high = max(self.low, low), max(self.high, low)
+        centres, counts = self.values()
+        moved = Histogram.of(torch.from_numpy(np.clip(np.concatenate([centres, [low, high]]), low, high)))
+        index = np.floor(np.clip(centres, low, high) * 2.0**-moved.exponent).astype(np.int64) + _BINS // 2
+        return Histogram(low, high, moved.exponent, np.bincount(index.clip(0, _BINS - 1), weights=counts, minlength=_BINS).astype(np.int64))
+
     def values(self) -> tuple[np.ndarray, np.ndarray]:
         """Centres and counts of the bins that hold anything."""
         filled = np.flatnonzero(self.counts)

@@ -65,18 +65,25 @@ def calibrate(
 
 
 def observe(model: TorchModel, placement: Placement, samples: Samples, progress: Progress = lambda *_: None) -> dict[str, Histogram]:
-    """What the float stream shows of each activation; nothing of those that are never made, or not finite."""
+    """What the float stream shows of each activation; nothing of those that are never made, or not finite.
+
+    What ends up in Softmax alone is seen as far down as it tells there.
+    """
     histograms: dict[str, Histogram] = {}
     endless: set[str] = set()
+    bits = {name: spec.bits for name, spec in placement.activations.items()}
 
     def look(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if name in placement.activations and name not in endless and tensor.numel():
-            low, high = torch.aminmax(tensor)
-            if not torch.isfinite(high - low):
-                endless.add(name)
-                return tensor
-            seen = Histogram.of(tensor)
-            histograms[name] = histograms[name].merged(seen) if name in histograms else seen
+        found = placement.scores.shown(name, tensor, bits) if tensor.numel() else None
+        if found is None or found[0] in endless:
+            return tensor
+        value, shown = found
+        low, high = torch.aminmax(tensor)
+        if not torch.isfinite(high - low):
+            endless.add(value)
+            return tensor
+        seen = Histogram.of(shown)
+        histograms[value] = histograms[value].merged(seen) if value in histograms else seen
         return tensor
 
     stream = model.stream(samples.inputs)
@@ -85,7 +92,7 @@ def observe(model: TorchModel, placement: Placement, samples: Samples, progress:
     for position, piece in enumerate(model.pieces):
         progress("calibrating", position, len(model.pieces), float("nan"))
         stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), stream.passes, look))
-    return {name: histogram for name, histogram in histograms.items() if name not in endless}
+    return placement.scores.limited({name: histogram for name, histogram in histograms.items() if name not in endless})
 
 
 @dataclass(frozen=True)

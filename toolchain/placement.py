@@ -29,6 +29,7 @@ from .flow import Flow, edges, integer_nodes, is_quantized_result
 from .graph import WEIGHT_INPUT, Graph, Node
 from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_spec
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
+from .scores import Scores, scores_of
 from .source import SourceModel, ValueTypes
 
 _FINEST = 144.0  # below e^5
@@ -50,7 +51,8 @@ class Placement:
     `activations` and `weights`: value name -> spec; `stored`: the same for weights that are kept as codes but computed with in float;
     `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value -> the value with which it has one grid, though
     each has a quantizer of its own. `met` names the nodes that read a quantizer, or whose weights are on a grid: those that bits matter to.
-    `copies`: the values that copy another for layers. `least`: value -> the finest scale that the kernel which makes it can do.
+    `copies`: the values that copy another for layers. `least`: value -> the finest scale that the kernel which makes it can do. `scores`:
+    those that end up in Softmax and nowhere else.
     """
 
     activations: Mapping[str, QuantSpec]
@@ -65,6 +67,7 @@ class Placement:
     met: frozenset[str]
     copies: Mapping[str, Copy] = field(default_factory=dict)
     least: Mapping[str, float] = field(default_factory=dict)
+    scores: Scores = field(default_factory=Scores)
 
 
 def place(
@@ -121,8 +124,10 @@ def place(
     met = {node.name for value in activations for node in flow.integer_readers(value, integer)}
     met |= {node.name for node in graph.weighted if graph.weight(node) in weights}
     met |= {node.name for name in ground.stored for node in graph.readers_of(name)}
+    scores = scores_of(flow, activations.keys())
+    kept = tuple(floats)
     return Placement(
-        activations, tied, shared, weights, ground.stored, biases, tuple(floats), ground.first, ground.last, frozenset(met), copies, least
+        activations, tied, shared, weights, ground.stored, biases, kept, ground.first, ground.last, frozenset(met), copies, least, scores
     )
 
 
