@@ -19,6 +19,7 @@ from toolchain.errors import UsageError
 from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable
 from toolchain.quant_table import quantize as encode
+from toolchain.samples import Samples
 from toolchain.source import SourceModel
 from toolchain.suggestions import suggestions
 from toolchain.validation import sqnr
@@ -129,6 +130,11 @@ def test_suggestions_are_flags_with_their_reasons() -> None:
     most, alone = suggestions(diagnosis(*adding, together=(("a/b (c)", "d"), 0.7), settings=eight))
     assert most.startswith("--keep-float 'a/b (c)': it adds 30 % of all noise, most of it by its input")
     assert alone.startswith("--keep-float e: the output gains 0.9 dB")
+    (text,) = suggestions(diagnosis(layer("a"), settings=eight, float_weights=13.7))
+    assert text.startswith("--no-reduce-range: weights that meet 8-bit activations have 7 bits")
+    assert text.endswith("gains 3.7 dB when all weights are float")
+    for other in ({"target": "tensorrt"}, {"reduce-range": False}, {"activation-bits": 4}):  # all of these have 8 bits already
+        assert suggestions(diagnosis(layer("a"), settings=eight | other, float_weights=13.7)) == []
     (text,) = suggestions(diagnosis(layer("f", clipped=0.05)))
     assert "5.0 % of the input of f lies beyond its grid" in text
     assert suggestions(diagnosis(layer("g"))) == []
@@ -171,3 +177,29 @@ def test_files_of_other_models_are_refused(case: tuple[SourceModel, QuantTable, 
         node.name = node.name.replace("_QuantizeLinear", "_Q")
     with pytest.raises(UsageError, match="are not named"):
         diagnose(source, onnx.ModelProto.FromString(renamed.SerializeToString()), SAMPLES)
+
+
+def test_values_need_not_count_samples_first(tmp_path: Path) -> None:
+    """Tokens of all samples in one axis, and a table that all samples share."""
+    b = zoo.Builder({"x": ["N", 3, 8]})
+    rows = b.op("Relu", b.op("Reshape", "x", b.constant("rows", np.array([-1, 8], np.int64))))
+    y = b.op("Reshape", b.linear(rows, 8, 8), b.constant("back", np.array([-1, 3, 8], np.int64)))
+    places = b.op("MatMul", b.op("Relu", b.op("ReduceMean", "x", axes=[0])), b.weight("projection", (8, 8), 8))
+    model = b.model(b.op("MatMul", b.op("Add", y, places), b.weight("last", (8, 4), 8)))
+    samples = Samples({"x": np.random.default_rng(0).normal(size=(10, 3, 8)).astype(np.float32)})
+    source = zoo.loaded(model, tmp_path)
+    table = quantize(source, samples, Config(algorithm="mse", device="cpu")).table
+    found = diagnose(source, export_qdq(source.model, table), samples, tried=3)
+    assert len(found.layers) == 3
+    assert all(layer.gain is not None for layer in found.layers)
+
+
+def test_an_open_axis_need_not_fit_one_element(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 1, "T"]})
+    x = b.op("Conv", "x", b.weight("w", (4, 1, 5), 5), name="first")
+    model = b.model(b.op("Conv", b.op("Relu", x), b.weight("w2", (2, 4, 5), 20), name="second"))
+    samples = Samples({"x": np.random.default_rng(0).normal(size=(8, 1, 20)).astype(np.float32)})
+    source = zoo.loaded(model, tmp_path)
+    table = quantize(source, samples, Config(algorithm="mse", device="cpu")).table
+    found = diagnose(source, export_qdq(source.model, table), samples, tried=1)
+    assert all(layer.weight is not None and 0 < layer.weight < 100 for layer in found.layers)

@@ -48,6 +48,27 @@ def test_stem_takes_its_max_pooling_and_the_head_its_average_pooling(tmp_path: P
     assert [node.op_type for node in blocks[-1].nodes] == ["GlobalAveragePool", "Flatten", "Gemm"]
 
 
+def test_softmax_belongs_to_the_scores_before_it(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 8]})
+    x = "x"
+    for _ in range(MAX_CHAIN):
+        x = b.linear(x, 8, 8)
+    blocks = blocks_of(b.model(b.linear(b.op("Softmax", x), 8, 8)), tmp_path)
+    assert [node.op_type for block in blocks for node in block.nodes[-1:]] == ["Softmax", "Gemm"]
+
+
+def test_a_shape_tells_nothing_of_weights() -> None:
+    """A mask that is as long as a layer's result is no result of the layer."""
+    nodes = (
+        Node("layer", "Gemm", ("x", "w"), ("y",)),
+        Node("relu", "Relu", ("y",), ("z",)),
+        Node("shape", "Shape", ("y",), ("s",)),
+        Node("mask", "ConstantOfShape", ("s",), ("m",)),
+    )
+    block = Block("b", nodes, ("x",), ("z", "m"), ("layer",), is_residual=False)
+    assert block.learned_outputs == ("z",)
+
+
 def test_squeeze_excite_and_swish_act_like_activations(tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     x = b.conv("x", 3, 8)

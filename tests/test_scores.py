@@ -1,5 +1,6 @@
 """Attention scores: quantized as far down as a Softmax tells, whatever masks are added to them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from exporters.qdq import export_qdq
 from tests import architectures, zoo
 from tests.test_placement import placed
 from toolchain import runtime
-from toolchain.calibration import Histogram
+from toolchain.calibration import Histogram, calibrate_activation
 from toolchain.config import Config
 from toolchain.pipeline import quantize
+from toolchain.quant_table import QuantTable, activation_spec
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples
 from toolchain.scores import Row, Scores, Sum
 from toolchain.simulation import simulate
+from toolchain.step_learning import LearnedSteps
+from toolchain.unit import NOT_FINITE
 from toolchain.validation import sqnr
 
 TOKENS = 12
@@ -158,3 +162,53 @@ def test_a_limited_histogram_holds_the_limited_values(values: list[float], low: 
     # Each value is known to half a bin of either histogram.
     found = np.sort(np.repeat(centres, counts))
     assert np.abs(found - np.sort(expected)).max() <= (width + before) / 2 * (1 + 1e-6)
+
+
+def masked_encoder() -> onnx.ModelProto:
+    """Two encoder layers on [N, 6, 8] with a mask [N, 1, 1, 6] that is added to the scores of both."""
+    b = zoo.Builder({"x": ["N", 6, 8], "mask": ["N", 1, 1, 6]})
+    return b.model(architectures.transformer(b, "x", 2, 8, 2, None, "mask"))
+
+
+@pytest.mark.parametrize("compiled", ["on", "off"])
+@pytest.mark.parametrize("masked", [-1e4, LOWEST, -np.inf])
+def test_masked_attention_is_learned(masked: float, compiled: str, tmp_path: Path) -> None:
+    source = zoo.loaded(masked_encoder(), tmp_path)
+    rng = np.random.default_rng(0)
+    mask = np.where(np.arange(6) < rng.integers(2, 7, 16)[:, None], 0.0, masked).astype(np.float32)[:, None, None]
+    samples = Samples({"x": rng.normal(size=(16, 6, 8)).astype(np.float32), "mask": mask})
+    found = quantize(source, samples, Config(device="cpu", weight_bits=3, activation_bits=8, iterations=30, batch_size=8, compile=compiled))
+    assert found.results
+    for result in found.results:
+        assert result.reason != NOT_FINITE
+        assert np.isfinite([result.loss_before, result.loss_after]).all()
+    assert sum(result.kept == "learned" for result in found.results) > len(found.results) / 2
+
+
+class Attention:
+    """Stands for an imported piece: y = softmax(s) v."""
+
+    bounds: Mapping[str, tuple[float, float]] = {}
+
+    def __call__(self, values: Mapping[str, torch.Tensor], observe: Any, unbounded: Any) -> dict[str, torch.Tensor]:
+        return {"y": torch.softmax(observe("s", values["s"]), -1) @ values["v"]}
+
+
+@pytest.mark.parametrize("masked", [-1e4, LOWEST])
+def test_the_step_of_scores_learns_the_same_whatever_the_mask(masked: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores, v = torch.randn(4, 6, generator=generator), torch.randn(6, 3, generator=generator)
+    grid = calibrate_activation(
+        Histogram.of(torch.cat([scores, scores.min() - torch.ones(1, 6) * 3])), activation_spec(8, False), "minmax", 100
+    )
+    gradients = []
+    for mask in (masked, -60.0):  # both beyond the grid's end, and beyond another width of it
+        hidden = torch.where(torch.arange(6) < 4, scores, torch.full((), mask))
+        steps = LearnedSteps(["s"], QuantTable({"s": grid}), torch.device("cpu"), True, frozenset({"s"}))
+        made = steps.running(Attention(), None, False)({"s": hidden, "v": v})  # pyright: ignore[reportArgumentType]
+        made["y"].square().sum().backward()
+        (factor,) = steps.parameters
+        assert factor.grad is not None
+        gradients.append(float(factor.grad))
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-6)
+    assert gradients[0] != 0.0

@@ -246,3 +246,17 @@ def test_a_model_with_nothing_to_store_is_refused(tmp_path: Path) -> None:
     onnx.save(b.model(b.op("Relu", "x")), path)
     with pytest.raises(UnsupportedModelError, match="nothing to quantize"):
         load_source(path)
+
+
+def test_a_model_of_control_flow_alone_has_nothing_to_compare(tmp_path: Path) -> None:
+    """As Silero VAD: a network for each sampling rate."""
+    b = zoo.Builder({"x": ["N", 32], "rate": []})
+    b.dtypes["rate"] = TensorProto.INT64
+    condition = b.op("Equal", "rate", b.constant("sixteen", np.array(16, np.int64)))
+    model = b.model(b.op("If", condition, then_branch=body("a", "x", "then_y", "first"), else_branch=body("b", "x", "else_y", "second")))
+    source = zoo.loaded(model, tmp_path)
+    samples = Samples({"x": normal(4, 32), "rate": np.full(4, 16)})
+    found = quantize(source, samples, Config(device="cpu", algorithm="mse", weight_bits=8, activation_bits=8))
+    values = simulated_values(source, found.table, samples, found.islands)
+    check = check_simulation(export_qdq(source.model, found.table), found.table, values, samples.inputs)
+    assert (check.values, check.steps) == (0, 0.0)

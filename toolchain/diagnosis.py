@@ -107,11 +107,14 @@ def diagnose(
     origins = {name: node.input[0] for name, node in quantizers.items()}
     observed = list(dict.fromkeys([*outputs, *origins.values()]))
     known = {*source.graph.inputs, *(value for node in source.graph.nodes for value in node.outputs)}
-    floats = runtime.run_exposed(source.model, samples.inputs, [v for v in dict.fromkeys([*observed, *quantizers]) if v in known])
+    passes = runtime.passes(
+        runtime.exposing(source.model, [v for v in dict.fromkeys([*observed, *quantizers]) if v in known and v in source.graph.producer]),
+        samples.inputs,
+    )
+    floats = runtime.together(passes) | {name: array for name, array in samples.inputs.items() if name in quantizers}
     observed = [value for value in observed if value in floats and floats[value].dtype.kind == "f"]
     running = _exposed(quantized, samples.inputs, observed)
-    given = {name: _samples_first(source, floats[name], samples.count) for name in quantizers}
-    cut = _exposed(_cut(source, quantized, quantizers, given), {**samples.inputs, **{name + _FED: given[name] for name in given}}, observed)
+    cut = _fed_from(passes, floats, quantized, quantizers, observed)
     added = {value: sqnr(floats[value], cut[value]) for value in observed}
     total = {value: sqnr(floats[value], running[value]) for value in observed}
     layers = _layers(source, quantized, quantizers, floats, added, total)
@@ -186,27 +189,35 @@ def _exposed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Seq
     return found | {name: feeds[name] for name in names if name not in made and name in feeds}
 
 
-def _samples_first(source: SourceModel, values: np.ndarray, count: int) -> np.ndarray:
-    """A value of one run over all samples, to be fed; where samples are not along the first axis, it is one for all of them."""
-    return values if source.has_samples_first else np.broadcast_to(values, (count, *values.shape))
-
-
-def _cut(
-    source: SourceModel, quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], given: Mapping[str, np.ndarray]
-) -> onnx.ModelProto:
-    """The file with every quantizer reading the float model's value, fed as an input of its own."""
+def _fed_from(
+    passes: Sequence[runtime.Pass],
+    floats: Mapping[str, np.ndarray],
+    quantized: onnx.ModelProto,
+    quantizers: Mapping[str, onnx.NodeProto],
+    observed: Sequence[str],
+) -> dict[str, np.ndarray]:
+    """Values of the file with every quantizer reading the float model's value of the same pass, whole, whatever its axes count."""
     changed = onnx.ModelProto()
     changed.CopyFrom(quantized)
     for node in changed.graph.node:
         name = node.name.removesuffix("_QuantizeLinear")
         if node.op_type == "QuantizeLinear" and name in quantizers:
             node.input[0] = name + _FED
-    counted = [] if runtime.takes_each(source.axes) or not source.has_samples_first else [source.batch or "N"]
-    for name, array in given.items():
-        shape = [*counted, *array.shape[1:]]
-        changed.graph.input.append(helper.make_tensor_value_info(name + _FED, helper.np_dtype_to_tensor_dtype(array.dtype), shape))
+    for name in quantizers:
+        changed.graph.input.append(helper.make_tensor_value_info(name + _FED, onnx.TensorProto.FLOAT, None))
     del changed.graph.value_info[:]
-    return changed
+    made = {value for node in changed.graph.node for value in node.output}
+    inside = [name for name in observed if name in made]
+    session = runtime.exposing(changed, inside, Optimization.NONE)
+    taken = {entry.name for entry in session.get_inputs()}
+
+    def found(one: runtime.Pass) -> runtime.Pass:
+        given = dict(one.fed) | {name + _FED: one.made.get(name, one.fed.get(name)) for name in quantizers}
+        fed = {name: array for name, array in given.items() if name in taken}
+        return replace(one, made=runtime.execute(session, fed, inside))
+
+    results = runtime.together([found(one) for one in passes]) if inside else {}
+    return results | {name: array for name, array in floats.items() if name in observed and name not in made}
 
 
 def _layers(
@@ -221,7 +232,7 @@ def _layers(
     graph = source.graph
     made = {value for node in quantized.graph.node for value in node.output}
     weights = [name for node in graph.weighted if (name := graph.weight(node)) is not None and name in made]
-    dequantized = _dequantized(source, quantized, weights)
+    dequantized = _dequantized(quantized, weights)
     fitted = {name: _on_grid(quantized, node, floats[name]) for name, node in quantizers.items()}
     rows = []
     for node in graph.weighted:
@@ -240,14 +251,20 @@ def _layers(
     return sorted(layers, key=lambda layer: (layer.added, layer.node))
 
 
-def _dequantized(source: SourceModel, quantized: onnx.ModelProto, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """What the codes of weights and biases stand for, from a run on zeros."""
+def _dequantized(quantized: onnx.ModelProto, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What the codes of weights and biases stand for: the part of the file that makes them, which reads no input, run on its own."""
     if not names:
         return {}
-    feeds = {}
-    for spec, value in zip(source.inputs, quantized.graph.input, strict=False):
-        feeds[value.name] = np.zeros([axis if isinstance(axis, int) else 1 for axis in spec.shape], spec.dtype)
-    return runtime.execute(runtime.exposing(quantized, names, Optimization.NONE), feeds, names)
+    part = onnx.ModelProto()
+    part.CopyFrom(quantized)
+    needed, nodes = set(names), list[onnx.NodeProto]()
+    for node in reversed(quantized.graph.node):
+        if not needed.isdisjoint(node.output):
+            nodes.append(node)
+            needed.update(node.input)
+    del part.graph.node[:], part.graph.input[:], part.graph.value_info[:]
+    part.graph.node.extend(reversed(nodes))
+    return runtime.execute(runtime.exposing(part, names, Optimization.NONE), {}, names)
 
 
 def _measured_at(source: SourceModel, node: Node, added: Mapping[str, float]) -> str | None:
@@ -299,7 +316,7 @@ def _with_float_activations(source: SourceModel, quantized: onnx.ModelProto) -> 
     """The float model with the weights and biases of the file."""
     made = {value for node in quantized.graph.node for value in node.output}
     constants = [name for node in source.graph.weighted for name in node.inputs if name in source.constants and name in made]
-    values = _dequantized(source, quantized, list(dict.fromkeys(constants)))
+    values = _dequantized(quantized, list(dict.fromkeys(constants)))
     changed = onnx.ModelProto()
     changed.CopyFrom(source.model)
     for tensor in changed.graph.initializer:

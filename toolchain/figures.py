@@ -242,12 +242,12 @@ def _last(report: dict[str, Any], unit: str) -> int | None:
 
 
 def final(unit: dict[str, Any]) -> float:
-    """The loss of what is in the table."""
-    return min(unit["loss_before"], unit["loss_after"]) if unit["loss_after"] is not None else unit["loss_before"]
+    """The loss of what is in the table; NaN where neither is a finite number."""
+    return min((loss for loss in (unit["loss_before"], unit["loss_after"]) if loss is not None), default=math.nan)
 
 
-def _scale(axes: Axes, values: Sequence[float]) -> None:
-    positive = [value for value in values if value > 0]
+def _scale(axes: Axes, values: Sequence[float | None]) -> None:
+    positive = [value for value in values if value is not None and value > 0]  # None: no finite number
     if positive and max(positive) > _LOG_RATIO * min(positive):
         axes.set_yscale("log")
     else:

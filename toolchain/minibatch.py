@@ -38,6 +38,8 @@ class Draw:
         self._by_pass = passes.is_fixed or any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
         self._splits = splits
         self.generator, self.device = generator, generator.device
+        streams = (inputs, float_inputs)
+        self._selected = frozenset(name for name in inputs if any(_is_selected(stream[name], passes, self.device) for stream in streams))
         # Drawn on the host, so that values that are kept there are gathered while the device computes.
         self._order = generator if self.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
         self.processes = ALONE if self._by_pass else processes  # those that have a share each
@@ -62,7 +64,7 @@ class Draw:
         if coins is not None:
             for name, value in fed.items():
                 if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    fed[name] = _mixed(value, self._picked(self._floats[name], selection), coins)
+                    fed[name] = _mixed(value, self._picked(self._floats[name], selection), coins, name in self._selected)
         return fed, {name: self._picked(target, selection) for name, target in self._targets.items()}
 
     def _picked(self, value: Value, selection: torch.Tensor | int) -> Any:
@@ -88,7 +90,19 @@ def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return picked.permute(0, 3, 1, 2) if tensor.dim() == 4 else picked
 
 
-def _mixed(quantized: torch.Tensor, floats: torch.Tensor, coins: Coins) -> torch.Tensor:
+def _is_selected(value: Value, passes: Passes, device: torch.device) -> bool:
+    """Whether streams are mixed by selection. Interpolation is faster on a CPU, but makes NaN of infinities, as masks of scores have.
+
+    On other devices nothing is asked of the numbers, which would wait for them.
+    """
+    if isinstance(value, Packed):
+        return device.type != "cpu"
+    parts = value if isinstance(value, Parts) else (value[rows] for rows in passes)
+    tensors = (part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
+    return any({device.type, part.device.type} != {"cpu"} or not torch.isfinite(part.sum()) for part in tensors)
+
+
+def _mixed(quantized: torch.Tensor, floats: torch.Tensor, coins: Coins, is_selected: bool) -> torch.Tensor:
     """Each element from the quantized stream at heads, else from the float stream (QDrop); may overwrite `quantized`."""
     quantized = dense(quantized)
     if floats.stride() != quantized.stride():
@@ -96,5 +110,9 @@ def _mixed(quantized: torch.Tensor, floats: torch.Tensor, coins: Coins) -> torch
     tiles = Tiles(quantized)
     keep, coins = tiles.buffer().to(quantized.dtype), coins.over(quantized)
     for ours, theirs in tiles.of(quantized, floats):
-        torch.lerp(theirs, ours, coins.toss(keep[: len(ours)]), out=ours)
+        tossed = coins.toss(keep[: len(ours)])
+        if is_selected:
+            torch.where(tossed > 0, ours, theirs, out=ours)
+        else:
+            torch.lerp(theirs, ours, tossed, out=ours)
     return quantized

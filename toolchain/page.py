@@ -9,7 +9,7 @@ from . import figures
 from .block_picture import block_picture
 from .capacity import oscillation
 from .document import details, document, multiples, section, table
-from .wording import coverage_line, decibel, duration, faster, island_lines, kind, magnitude, ranges_line, size, smaller, worst_sqnr
+from .wording import coverage_line, decibel, duration, faster, figure, island_lines, kind, magnitude, ranges_line, size, smaller, worst_sqnr
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
 _CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
@@ -133,8 +133,8 @@ def _losses(report: dict[str, Any], baseline: dict[str, Any] | None) -> str:
         "Squared error of each block's output against the float model, everything before it quantized too. Shaded blocks are one unit: "
         "they were reconstructed jointly, and only the unit's last output has a loss. "
         "The oscillation (sum of the drops from one to the next, 0 for a loss that only accumulates) is "
-        f"{o['blocks_calibrated']:.4g} over the calibrated blocks, {o['units_before']:.4g} over the units before and "
-        f"{o['units_after']:.4g} after reconstruction."
+        f"{figure(o['blocks_calibrated'])} over the calibrated blocks, {figure(o['units_before'])} over the units before and "
+        f"{figure(o['units_after'])} after reconstruction."
     )
     if baseline is not None:
         other = baseline["oscillation"]["units_after"]
@@ -178,7 +178,7 @@ def _curves(units: list[dict[str, Any]]) -> str:
         return ""
     pictures = []
     for i, unit in enumerate(drawn):
-        text = f"loss {unit['loss_before']:.4g} → {unit['loss_after']:.4g}"
+        text = f"loss {figure(unit['loss_before'])} → {figure(unit['loss_after'])}"
         if unit["undecided"] is not None:
             text += f", {100 * (1 - unit['undecided']):.1f} % decided"
         if unit["kept"] == "initial":
@@ -246,9 +246,11 @@ def _units(units: list[dict[str, Any]]) -> str:
     rows = [
         (
             unit["unit"],
-            f"{unit['loss_before']:.4g}",
-            f"{unit['loss_after']:.4g}",
-            f"{100 * (unit['loss_after'] / unit['loss_before'] - 1):+.0f} %" if unit["loss_before"] else "",
+            figure(unit["loss_before"]),
+            figure(unit["loss_after"]),
+            f"{100 * (unit['loss_after'] / unit['loss_before'] - 1):+.0f} %"
+            if unit["loss_before"] and unit["loss_after"] is not None
+            else "",
             f"{100 * unit['flipped']:.1f} %",
             "" if unit["undecided"] is None else f"{100 * unit['undecided']:.1f} %",
             str(unit["iterations"]),

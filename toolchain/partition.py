@@ -8,8 +8,9 @@ The rules of block reconstruction (BRECQ; MQBench advanced PTQ) in terms of atom
 
 1. a region whose paths meet in a sum or a concatenation (a residual region) is one block;
 2. elsewhere up to `MAX_CHAIN` consecutive weighted layers form a block, ending where a residual region starts;
-3. what has no weights joins a neighbour: element-wise nodes, gates (regions that meet in a product: squeeze-excite, swish) and max pooling
-   belong to the layer before them, everything else (pooling to a vector, reshapes) to the layer after them;
+3. what has no weights joins a neighbour: element-wise nodes, gates (regions that meet in a product: squeeze-excite, swish), max pooling and
+   Softmax (masked scores would be all of a loss) belong to the layer before them, everything else (pooling to a vector, reshapes) to the
+   layer after them;
 4. what follows the last layer and is more than its activation (softmax, arg max, box decoding) is a block without weights, so that
    reconstruction sees the logits.
 
@@ -43,7 +44,8 @@ _ELEMENTWISE = _ACTIVATIONS | {
     "Dropout",
     "Erf",
 }
-_JOINS_PREVIOUS = _ELEMENTWISE | {"MaxPool"}
+_JOINS_PREVIOUS = _ELEMENTWISE | {"MaxPool", "Softmax"}
+_TELLS_NO_NUMBERS = frozenset({"Shape", "Size"})
 # What may follow the last weighted layer and still belong to it.
 _TAIL = frozenset({"Relu", "Clip", "LeakyRelu", "PRelu", "HardSwish", "Add", "BatchNormalization"})
 
@@ -70,7 +72,7 @@ class Block:
         """The outputs that its weights have an influence on: what reconstruction compares."""
         reached: set[str] = set()
         for node in self.nodes:
-            if node.name in self.weighted or not reached.isdisjoint(node.inputs):
+            if node.name in self.weighted or (node.op_type not in _TELLS_NO_NUMBERS and not reached.isdisjoint(node.inputs)):
                 reached.update(node.outputs)
         return tuple(value for value in self.outputs if value in reached)
 

@@ -34,7 +34,8 @@ def _learn(unit: Unit, before: QuantTable) -> Learned:
     rounding = _Rounding(weights, table, device, scales if scales.factors else None)
     constants = constants_of(piece.weights, given, None, device)
     biases = LearnedBiases(unit.biases if settings.bias_lr > 0 else {}, unit.floats, table, device)
-    steps = LearnedSteps((value for node in piece.block.nodes for value in node.outputs), table, device, settings.activation_lr > 0)
+    made = [value for node in piece.block.nodes for value in node.outputs]
+    steps = LearnedSteps(made, table, device, settings.activation_lr > 0, unit.scores)
     weight_optimizer = torch.optim.Adam([rounding.logits], lr=settings.weight_lr, fused=True)
     moving = (
         (steps.parameters, settings.activation_lr),

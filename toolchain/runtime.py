@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,39 @@ def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Se
         feeds: arrays [N, one sample's shape] by input name; see `batched`.
         names: of the outputs; default all.
     """
+    return together(passes(opened, feeds, names))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of a session: what it was fed, in the model's own layout, and what it made.
+
+    `size` samples were fed, `count` of them are real. `stacks`: the samples of the model are counted by no axis of its values.
+    """
+
+    fed: Mapping[str, np.ndarray]
+    made: Mapping[str, Any]
+    size: int
+    count: int
+    stacks: bool
+
+
+def passes(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> list[Pass]:
+    """Run a session over all samples; see `run`."""
     names = list(names) if names is not None else [output.name for output in opened.get_outputs()]
-    found: list[list[Any]] = []
-    each = takes_each(session_axes(opened, feeds))
-    for fed, size, count in batches(opened, feeds):
-        results = map(as_array, execute(opened, fed, names).values())
-        if each:
-            results = (array[np.newaxis] for array in results)
-        found.append([array[:count] if array.ndim and array.shape[0] == size else array for array in results])
-    return {name: joined([parts[index] for parts in found]) for index, name in enumerate(names)}
+    stacks = takes_each(session_axes(opened, feeds))
+    return [Pass(fed, execute(opened, fed, names), size, count, stacks) for fed, size, count in batches(opened, feeds)]
+
+
+def together(found: Sequence[Pass]) -> dict[str, np.ndarray]:
+    """What all passes made, joined along the first axis."""
+
+    def part(one: Pass, name: str) -> np.ndarray:
+        array = as_array(one.made[name])
+        array = array[np.newaxis] if one.stacks else array
+        return array[: one.count] if array.ndim and array.shape[0] == one.size else array
+
+    return {name: joined([part(one, name) for one in found]) for name in found[0].made}
 
 
 def batches(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:

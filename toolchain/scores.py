@@ -46,6 +46,11 @@ class Scores:
     rows: Mapping[str, Row] = field(default_factory=dict)
     addends: Mapping[str, tuple[Sum, ...]] = field(default_factory=dict)
 
+    @property
+    def values(self) -> frozenset[str]:
+        """The quantized values, by name."""
+        return frozenset({*(row.origin for row in self.rows.values()), *self.addends})
+
     def shown(self, name: str, tensor: torch.Tensor, bits: Mapping[str, int]) -> tuple[str, torch.Tensor] | None:
         """The value that a tensor shows something of, and what it shows.
 

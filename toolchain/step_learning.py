@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,12 @@ class LearnedSteps:
     So the learning rate means the same for every activation and bit width. Fixed grids stay.
     """
 
-    def __init__(self, values: Iterable[str], table: QuantTable, device: torch.device, learns: bool) -> None:
+    def __init__(
+        self, values: Iterable[str], table: QuantTable, device: torch.device, learns: bool, scores: AbstractSet[str] = frozenset()
+    ) -> None:
+        """`scores`: those of the values that masks take far below their grids, to the lowest float: gradients would overflow there."""
         self._grids = {name: table[name] for name in values if name in table and table[name].tied_to is None}
+        self._scores = scores & self._grids.keys()
         self._calibrated = {name: torch.tensor(float(grid.scale), device=device) for name, grid in self._grids.items()}
         self._factors = {name: torch.ones((), device=device, requires_grad=learns and not grid.fixed) for name, grid in self._grids.items()}
 
@@ -41,7 +46,8 @@ class LearnedSteps:
             coins: where elements are quantized, None for everywhere.
             is_compiled: whether quantizers are compiled loops.
         """
-        bounds = {name: ends for name, ends in piece.bounds.items() if name in self._factors}
+        bounds = {name: _reach(self._grids[name]) for name in self._scores}
+        bounds |= {name: ends for name, ends in piece.bounds.items() if name in self._factors}
         limits = {name: Limits(*_codes_of(grid), *bounds.get(name, ())) for name, grid in self._grids.items()}
 
         def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -65,6 +71,12 @@ class LearnedSteps:
             for name, factor in self._factors.items()
             if factor.requires_grad
         }
+
+
+def _reach(grid: TensorQuant) -> tuple[float, float]:
+    """From where values are told from those on a grid, for all that is learned of it: a width of it below, on."""
+    low, high = _codes_of(grid)
+    return (2 * low - high) * float(grid.scale), math.inf
 
 
 def _codes_of(grid: TensorQuant) -> tuple[int, int]:

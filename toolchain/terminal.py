@@ -20,6 +20,7 @@ from .wording import (
     decibel,
     duration,
     faster,
+    figure,
     headline,
     island_lines,
     kind,
@@ -82,7 +83,7 @@ def details(report: dict[str, Any]) -> Group:
         facts += [
             ("units", f"{len(report['plan']['units'])} of {len(report['blocks'])} blocks; joined: {merges}"),
             ("reconstruction", f"{improved} of {len(report['units'])} units improved, {seconds['reconstruct']:.0f} s"),
-            ("oscillation of the loss", f"{before:.4g} calibrated, {after:.4g} reconstructed"),
+            ("oscillation of the loss", f"{figure(before)} calibrated, {figure(after)} reconstructed"),
         ]
         if config["preset"] != "best" or "iterations" in config:
             facts.append(("--preset best", f"would reconstruct for about {duration(seconds['best_preset_estimate'])} here"))
@@ -95,7 +96,7 @@ def unit_table(report: dict[str, Any]) -> Table:
     table = _table("Units", "unit", "loss before>", "after>", "kept", "flipped>", "seconds>")
     for unit in report["units"]:
         flipped, seconds = f"{100 * unit['flipped']:.1f} %", f"{unit['seconds']:.1f}"
-        table.add_row(unit["unit"], f"{unit['loss_before']:.4g}", f"{unit['loss_after']:.4g}", unit["kept"], flipped, seconds)
+        table.add_row(unit["unit"], figure(unit["loss_before"]), figure(unit["loss_after"]), unit["kept"], flipped, seconds)
     return table
 
 

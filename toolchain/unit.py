@@ -77,6 +77,7 @@ class Unit:
         piece: the unit.
         weights: those to be learned: on a grid, and in no unit before it.
         biases: its quantized biases.
+        scores: values that masks take far below their grids.
         floats: float weights and biases of the model by name.
         inputs: the unit's inputs in the quantized stream.
         float_inputs: the same in the float stream; with keep_probability < 1 the two are mixed element-wise.
@@ -96,6 +97,7 @@ class Unit:
     piece: TorchBlock
     weights: tuple[str, ...]
     biases: Mapping[str, Bias]
+    scores: AbstractSet[str]
     floats: Mapping[str, np.ndarray]
     inputs: Mapping[str, Value]
     float_inputs: Mapping[str, Value]

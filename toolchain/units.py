@@ -74,6 +74,7 @@ def reconstruct(
                 piece=piece,
                 weights=weights,
                 biases=biases_of(placement, piece.block),
+                scores=placement.scores.values,
                 floats=source.constants,
                 inputs=inputs,
                 float_inputs=float_inputs,

@@ -29,8 +29,9 @@ def parity_problem(checked: ValidationReport) -> str | None:
     if arithmetic.steps >= _PARITY_STEPS:
         return (
             f"{arithmetic.worst}: on this machine ONNX Runtime's kernel is {arithmetic.steps:.0f} steps off what the file says "
-            f"({arithmetic.share:.2g} % of all codes differ); the model was written. Products of 8-bit weights and 8-bit activations "
-            "saturate on x86 CPUs without VNNI instructions: --reduce-range avoids that"
+            f"({arithmetic.share:.2g} % of all codes differ); the model was written. Where that is a layer with 8-bit weights and "
+            "activations, its products saturate on x86 CPUs without VNNI instructions: --reduce-range avoids that; else keep the operator "
+            "that makes the value in float with --keep-float"
         )
     exactness = checked.simulated_arithmetic
     if exactness is not None and exactness.steps >= _PARITY_STEPS:

@@ -28,6 +28,11 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def figure(value: float | None) -> str:
+    """A loss, which a report has as None where it is no finite number."""
+    return f"{value:.4g}" if value is not None else "infinite"
+
+
 def faster(latency: dict[str, float]) -> str:
     """The quantized model beside the float one."""
     ratio = latency["float_ms"] / latency["quantized_ms"]
@@ -170,13 +175,12 @@ def _exactness(v: dict[str, Any]) -> str:
 
 def ranges_line(choices: list[dict[str, Any]]) -> str:
     """Which method the ranges of activations are from, and what was tried, from the report."""
-    tried = "; ".join(
-        f"{choice['bits']} bits: {choice['method']} ("
-        + ", ".join(f"{name} {value:.1f}" for name, value in choice["sqnr"].items() if value is not None)
-        + " dB)"
-        for choice in choices
-    )
-    return f"chosen by the SQNR of the outputs with these activations alone quantized: {tried}"
+
+    def tried(choice: dict[str, Any]) -> str:
+        found = [f"{name} {value:.1f}" for name, value in choice["sqnr"].items() if value is not None]
+        return f"{choice['bits']} bits: {choice['method']} ({', '.join(found) + ' dB' if found else 'no output could be compared'})"
+
+    return f"chosen by the SQNR of the outputs with these activations alone quantized: {'; '.join(map(tried, choices))}"
 
 
 def unnamed(reason: str) -> tuple[str, str]:

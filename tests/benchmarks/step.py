@@ -115,6 +115,7 @@ def setting(design: Design, folder: Path, batch: int, iterations: int) -> Settin
         piece=piece,
         weights=learned_weights(piece, table),
         biases=biases_of(placement, block),
+        scores=placement.scores.values,
         floats=source.constants,
         inputs=quantized.of(block.inputs),
         float_inputs=floats.of(block.inputs),

@@ -69,7 +69,7 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
         spread = sample.std().clamp_min(1e-12)
         shift = torch.zeros_like(constants[layer.bias], requires_grad=True)
     made = (value for node in unit.piece.block.nodes for value in node.outputs if value != layer.output)
-    steps = LearnedSteps(made, table, device, settings.activation_lr > 0)
+    steps = LearnedSteps(made, table, device, settings.activation_lr > 0, unit.scores)
     moving = [*steps.parameters, *([shift] if shift.requires_grad else [])]
     groups = [
         {"params": [moved], "lr": settings.weight_lr, "first": settings.weight_lr},

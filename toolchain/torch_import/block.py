@@ -109,7 +109,8 @@ def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchB
             raise UnsupportedModelError(
                 f"node {node.name!r}: {node.op_type} (opset {_opset(source, node)}) cannot be imported to torch: {reason}"
             ) from reason
-    host = _host_values(block.nodes, operators, source.graph.constants)
+    own = frozenset(node.name for node in block.nodes if source.weights_of(node))
+    host = _host_values(block.nodes, operators, source.graph.constants, own)
     last_read = {name: index for index, node in enumerate(block.nodes) for name in (*node.inputs, *node.outputs)}
     steps: list[_Step] = []
     for index, (node, operator) in enumerate(zip(block.nodes, operators, strict=True)):
@@ -160,12 +161,18 @@ def _opset(source: SourceModel, node: Node) -> int:
     return next((entry.version for entry in source.model.opset_import if entry.domain == node.domain), 1)
 
 
-def _host_values(nodes: Iterable[Node], operators: Iterable[Operator], constants: AbstractSet[str]) -> frozenset[str]:
-    """The values that are computed from shapes alone: they live on the CPU, so that reading them as numbers waits for no device."""
+def _host_values(
+    nodes: Iterable[Node], operators: Iterable[Operator], constants: AbstractSet[str], weighted: AbstractSet[str]
+) -> frozenset[str]:
+    """The values that are computed from shapes alone: they live on the CPU, so that reading them as numbers waits for no device.
+
+    What `weighted` nodes make is not: their weights are fed, on their grids or not (positions looked up as far as a text reaches).
+    """
     host: set[str] = set()
     for node, operator in zip(nodes, operators, strict=True):
         computed = [name for name in operator.inputs if name and name not in constants]
-        if node.is_standard and (node.op_type in ("Shape", "Size", "Constant") or (computed and host.issuperset(computed))):
+        is_shape = node.op_type in ("Shape", "Size", "Constant") or (computed and host.issuperset(computed))
+        if node.is_standard and node.name not in weighted and is_shape:
             host.update(name for name in node.outputs if name)
     return frozenset(host)
 
