@@ -147,8 +147,6 @@ def activation_grids(
     table = {name: activation(seen[name], spec) for name, spec in placement.activations.items()}
     table |= shared_grids(placement, seen, activation)
     table |= {name: replace(table[name], copy=copy) for name, copy in placement.copies.items() if name in table}
-    for name in placement.least.keys() & table.keys():
-        table[name] = replace(table[name], scale=np.float32(max(table[name].scale, placement.least[name])), fixed=True)
     return table | {name: replace(table[origin], tied_to=origin) for name, origin in placement.tied.items()}
 
 

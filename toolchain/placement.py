@@ -15,7 +15,6 @@ that nothing on integers reads are quantized; whether a Concat has one grid; and
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -31,8 +30,6 @@ from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_s
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .scores import Scores, scores_of
 from .source import SourceModel, ValueTypes
-
-_FINEST = 144.0  # below e^5
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,7 @@ class Placement:
     `activations` and `weights`: value name -> spec; `stored`: the same for weights that are kept as codes but computed with in float;
     `tied`: value -> the value whose grid it repeats, being on it already; `shared`: value -> the value with which it has one grid, though
     each has a quantizer of its own. `met` names the nodes that read a quantizer, or whose weights are on a grid: those that bits matter to.
-    `copies`: the values that copy another for layers. `least`: value -> the finest scale that the kernel which makes it can do. `scores`:
-    those that end up in Softmax and nowhere else.
+    `copies`: the values that copy another for layers. `scores`: those that end up in Softmax and nowhere else.
     """
 
     activations: Mapping[str, QuantSpec]
@@ -66,7 +62,6 @@ class Placement:
     last: frozenset[str]
     met: frozenset[str]
     copies: Mapping[str, Copy] = field(default_factory=dict)
-    least: Mapping[str, float] = field(default_factory=dict)
     scores: Scores = field(default_factory=Scores)
 
 
@@ -98,7 +93,6 @@ def place(
     copied = {copy.origin for copy in copies.values()}
     activations: dict[str, QuantSpec] = {}
     tied: dict[str, str] = {}
-    least: dict[str, float] = {}
     for value in dict.fromkeys([*graph.inputs, *(value for node in graph.nodes for value in node.outputs if value)]):
         origin = flow.source(value)
         if origin != value:
@@ -109,11 +103,7 @@ def place(
             continue
         bits = _activation_bits(ground, value)
         if bits is not None:
-            finest = _finest_softmax(source, types, graph.producer[value]) if _is_integer_softmax(ground, value) else None
-            span = KNOWN_RANGES["Softmax"] if finest == math.inf else _known_range(graph, value, scheme)
-            activations[value] = activation_spec(bits, scheme.activation_symmetric, span)
-            if finest is not None and span is None:
-                least[value] = finest
+            activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
     if precision.float8:
         activations, weights = ({name: float8_spec(spec) for name, spec in specs.items()} for specs in (activations, weights))
@@ -125,9 +115,8 @@ def place(
     met |= {node.name for node in graph.weighted if graph.weight(node) in weights}
     met |= {node.name for name in ground.stored for node in graph.readers_of(name)}
     scores = scores_of(flow, activations.keys())
-    kept = tuple(floats)
     return Placement(
-        activations, tied, shared, weights, ground.stored, biases, kept, ground.first, ground.last, frozenset(met), copies, least, scores
+        activations, tied, shared, weights, ground.stored, biases, tuple(floats), ground.first, ground.last, frozenset(met), copies, scores
     )
 
 
@@ -283,24 +272,6 @@ def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float
     if node is None or not node.is_standard or scheme.activation_symmetric or node.op_type not in scheme.known_ranges:
         return None
     return KNOWN_RANGES[node.op_type]
-
-
-def _is_integer_softmax(ground: _Ground, value: str) -> bool:
-    """Whether ONNX Runtime's QLinearSoftmax makes a value."""
-    node = ground.flow.graph.producer.get(value)
-    return node is not None and node.op_type == "Softmax" and node.name in ground.integer and not ground.flow.scheme.activation_symmetric
-
-
-def _finest_softmax(source: SourceModel, types: ValueTypes, node: Node) -> float:
-    """The finest scale of a Softmax on integers; infinite where the size of its axis may be another than that of the samples.
-
-    QLinearSoftmax sums in 32 bits: with a scale below 1 / (e^5 D), D the size of the axis, it overflows and makes zeros (measured on ONNX
-    Runtime 1.31.1 for D from 2 to 197).
-    """
-    shape = types.shapes.get(node.inputs[0], ())
-    axis = next((a.i for a in source.node_protos[node.name].attribute if a.name == "axis"), -1) % (len(shape) + 1)
-    is_open = any(not isinstance(size, int) for spec in source.inputs for size in spec.sample_shape)
-    return math.inf if is_open or axis == 0 else 1 / (_FINEST * shape[axis - 1])
 
 
 def _share_concatenated(flow: Flow, integer: AbstractSet[str], activations: dict[str, QuantSpec], tied: dict[str, str]) -> dict[str, str]:

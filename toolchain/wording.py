@@ -124,7 +124,12 @@ def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Accuracy, speed, size and exactness of a run, one line each."""
     v = report["validation"]
     sizes = f"{size(v['float_bytes'])} float, {size(v['quantized_bytes'])} quantized: {smaller(v)}"
-    return [("accuracy", _accuracy(v)), ("speed", _speed(v, report["config"]["target"])), ("size", sizes), ("exact", _exactness(v))]
+    return [
+        ("accuracy", _accuracy(v)),
+        ("speed", _speed(v, report["config"]["target"], report["coverage"])),
+        ("size", sizes),
+        ("exact", _exactness(v)),
+    ]
 
 
 def remedy(report: dict[str, Any]) -> str:
@@ -150,16 +155,18 @@ def _accuracy(v: dict[str, Any]) -> str:
     return f"{'; '.join(parts)}; {v['samples']} samples of {v['evaluated_on']}"
 
 
-def _speed(v: dict[str, Any], target: str) -> str:
+def _speed(v: dict[str, Any], target: str, cover: dict[str, Any]) -> str:
     latency = v["latency"]
     floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
     count = v["integer_operators"]
     kernels = f"{count} integer {'kernel' if count == 1 else 'kernels'}, {floats + ' in float' if floats else 'no layer in float'}"
     is_other = target in _OTHER_RUNTIMES or (target == "ort-cuda" and v["provider"] == "CPUExecutionProvider")
     elsewhere = f"; measured here under ONNX Runtime, which says nothing of {target}" if is_other else ""
+    is_unpacked = latency["quantized_ms"] > latency["float_ms"] and cover.get("stored_quantized", 0) > cover["weights_quantized"]
+    why = f"; the {cover['stored_quantized']:,} weights that are only stored as codes become floats in every run" if is_unpacked else ""
     return (
         f"{latency['float_ms']:.2f} ms float, {latency['quantized_ms']:.2f} ms quantized: {faster(latency)} at batch {latency['batch']} "
-        f"({v['provider'].removesuffix('ExecutionProvider')}); {kernels}{elsewhere}"
+        f"({v['provider'].removesuffix('ExecutionProvider')}); {kernels}{why}{elsewhere}"
     )
 
 
