@@ -144,6 +144,16 @@ def test_what_was_not_done_is_said(facts: dict[str, Any]) -> None:
         assert text in page
 
 
+def test_losses_that_are_no_finite_numbers_are_said(facts: dict[str, Any]) -> None:
+    """A report has None in their place."""
+    units = [{**unit, "loss_before": None, "loss_after": None} if i == 0 else unit for i, unit in enumerate(facts["units"])]
+    endless = {**facts, "units": units, "oscillation": dict.fromkeys(facts["oscillation"])}
+    page = report_page(endless)
+    check(page)
+    assert "loss infinite → infinite" in page
+    assert "is infinite over the calibrated blocks" in page
+
+
 def test_another_run_is_overlaid(place: Path) -> None:
     joined, alone = (str(place / f"{units}.report" / "report.json") for units in ("modcap", "none"))
     result = CliRunner().invoke(main, ["report", joined, "--overlay", alone, "-o", str(place / "both.html")])

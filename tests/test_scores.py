@@ -167,14 +167,17 @@ def masked_encoder() -> onnx.ModelProto:
     return b.model(architectures.transformer(b, "x", 2, 8, 2, None, "mask"))
 
 
-@pytest.mark.parametrize(("target", "compiled"), [("ort-cpu", "on"), ("ort-cpu", "off"), ("qnn", "off")])
+@pytest.mark.parametrize(
+    ("target", "compiled", "kept"),
+    [("ort-cpu", "on", "float32"), ("ort-cpu", "off", "float32"), ("ort-cpu", "off", "bfloat16"), ("qnn", "off", "float32")],
+)
 @pytest.mark.parametrize("masked", [-1e4, LOWEST, -np.inf])
-def test_masked_attention_is_learned(masked: float, target: str, compiled: str, tmp_path: Path) -> None:
+def test_masked_attention_is_learned(masked: float, target: str, compiled: str, kept: str, tmp_path: Path) -> None:
     source = zoo.loaded(masked_encoder(), tmp_path)
     rng = np.random.default_rng(0)
     mask = np.where(np.arange(6) < rng.integers(2, 7, 16)[:, None], 0.0, masked).astype(np.float32)[:, None, None]
     samples = Samples({"x": rng.normal(size=(16, 6, 8)).astype(np.float32), "mask": mask})
-    options = {"weight_bits": 3, "activation_bits": 8, "target": target, "compile": compiled}
+    options = {"weight_bits": 3, "activation_bits": 8, "target": target, "compile": compiled, "cache_dtype": kept}
     found = quantize(source, samples, Config(device="cpu", iterations=30, batch_size=8, **options))  # pyright: ignore[reportArgumentType]
     assert found.results
     for result in found.results:

@@ -106,12 +106,9 @@ def diagnose(
     outputs = list(source.graph.outputs)
     origins = {name: node.input[0] for name, node in quantizers.items()}
     observed = list(dict.fromkeys([*outputs, *origins.values()]))
-    known = {*source.graph.inputs, *(value for node in source.graph.nodes for value in node.outputs)}
-    passes = runtime.passes(
-        runtime.exposing(source.model, [v for v in dict.fromkeys([*observed, *quantizers]) if v in known and v in source.graph.producer]),
-        samples.inputs,
-    )
-    floats = runtime.together(passes) | {name: array for name, array in samples.inputs.items() if name in quantizers}
+    made = [value for value in dict.fromkeys([*observed, *quantizers]) if value in source.graph.producer]
+    passes = list(runtime.passes(runtime.exposing(source.model, made), samples.inputs))
+    floats = runtime.together(passes) | dict(samples.inputs)
     observed = [value for value in observed if value in floats and floats[value].dtype.kind == "f"]
     running = _exposed(quantized, samples.inputs, observed)
     cut = _fed_from(passes, floats, quantized, quantizers, observed)
@@ -204,10 +201,12 @@ def _fed_from(
         if node.op_type == "QuantizeLinear" and name in quantizers:
             node.input[0] = name + _FED
     for name in quantizers:
-        changed.graph.input.append(helper.make_tensor_value_info(name + _FED, onnx.TensorProto.FLOAT, None))
+        changed.graph.input.append(helper.make_tensor_value_info(name + _FED, helper.np_dtype_to_tensor_dtype(floats[name].dtype), None))
     del changed.graph.value_info[:]
     made = {value for node in changed.graph.node for value in node.output}
-    inside = [name for name in observed if name in made]
+    inside, rest = [name for name in observed if name in made], {name: floats[name] for name in observed if name not in made}
+    if not inside:
+        return rest
     session = runtime.exposing(changed, inside, Optimization.NONE)
     taken = {entry.name for entry in session.get_inputs()}
 
@@ -216,8 +215,7 @@ def _fed_from(
         fed = {name: array for name, array in given.items() if name in taken}
         return replace(one, made=runtime.execute(session, fed, inside))
 
-    results = runtime.together([found(one) for one in passes]) if inside else {}
-    return results | {name: array for name, array in floats.items() if name in observed and name not in made}
+    return runtime.together(map(found, passes)) | rest
 
 
 def _layers(

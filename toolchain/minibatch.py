@@ -1,6 +1,7 @@
 """Mini-batches of a unit's cached inputs and targets, mixed from both streams as QDrop does."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,11 +39,15 @@ class Draw:
         self._by_pass = passes.is_fixed or any(isinstance(value, Parts) for value in (*inputs.values(), *self._targets.values()))
         self._splits = splits
         self.generator, self.device = generator, generator.device
-        streams = (inputs, float_inputs)
-        self._selected = frozenset(name for name in inputs if any(_is_selected(stream[name], passes, self.device) for stream in streams))
         # Drawn on the host, so that values that are kept there are gathered while the device computes.
         self._order = generator if self.device.type == "cpu" else torch.Generator().manual_seed(generator.initial_seed())
         self.processes = ALONE if self._by_pass else processes  # those that have a share each
+
+    @cached_property
+    def _selected(self) -> frozenset[str]:
+        """The inputs whose streams are mixed by selection; asked for where there are any mixed."""
+        streams = (self._inputs, self._floats)
+        return frozenset(n for n in self._inputs if any(_is_selected(stream[n], self._passes, self.device) for stream in streams))
 
     def selections(self) -> Sequence[torch.Tensor | int]:
         """Rows, or the numbers of forward passes, of the next mini-batch."""
@@ -96,7 +101,9 @@ def _is_selected(value: Value, passes: Passes, device: torch.device) -> bool:
     On other devices nothing is asked of the numbers, which would wait for them.
     """
     if isinstance(value, Packed):
-        return device.type != "cpu"
+        if value.packing.scale is not None:  # on a grid
+            return device.type != "cpu"
+        value = value.kept
     parts = value if isinstance(value, Parts) else (value[rows] for rows in passes)
     tensors = (part for part in parts if isinstance(part, torch.Tensor) and part.is_floating_point())
     return any({device.type, part.device.type} != {"cpu"} or not torch.isfinite(part.sum()) for part in tensors)

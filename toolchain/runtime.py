@@ -5,7 +5,7 @@ import re
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
@@ -136,22 +136,23 @@ class Pass:
     stacks: bool
 
 
-def passes(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> list[Pass]:
-    """Run a session over all samples; see `run`."""
+def passes(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> Iterator[Pass]:
+    """Run a session over all samples, as they are asked for; see `run`."""
     names = list(names) if names is not None else [output.name for output in opened.get_outputs()]
     stacks = takes_each(session_axes(opened, feeds))
-    return [Pass(fed, execute(opened, fed, names), size, count, stacks) for fed, size, count in batches(opened, feeds)]
+    for fed, size, count in batches(opened, feeds):
+        yield Pass(fed, execute(opened, fed, names), size, count, stacks)
 
 
-def together(found: Sequence[Pass]) -> dict[str, np.ndarray]:
-    """What all passes made, joined along the first axis."""
-
-    def part(one: Pass, name: str) -> np.ndarray:
-        array = as_array(one.made[name])
-        array = array[np.newaxis] if one.stacks else array
-        return array[: one.count] if array.ndim and array.shape[0] == one.size else array
-
-    return {name: joined([part(one, name) for one in found]) for name in found[0].made}
+def together(found: Iterable[Pass]) -> dict[str, np.ndarray]:
+    """What all passes made, joined along the first axis. Nothing else of a pass is kept."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for one in found:
+        for name, value in one.made.items():
+            array = as_array(value)
+            array = array[np.newaxis] if one.stacks else array
+            parts.setdefault(name, []).append(array[: one.count] if array.ndim and array.shape[0] == one.size else array)
+    return {name: joined(some) for name, some in parts.items()}
 
 
 def batches(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray]) -> Iterator[tuple[dict[str, np.ndarray], int, int]]:

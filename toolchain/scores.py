@@ -56,7 +56,7 @@ class Scores:
 
         Args:
             name: of the tensor.
-            tensor: any shape.
+            tensor: any shape, not empty.
             bits: of the quantized values.
 
         Returns:
@@ -67,7 +67,7 @@ class Scores:
             return row.origin, _telling(tensor, row.axis, bits[row.origin])
         if name not in bits or any(row.origin == name for row in self.rows.values()):
             return None
-        return name, tensor.maximum(tensor.max() - _MASKED) if name in self.addends and tensor.numel() else tensor
+        return name, tensor.maximum(tensor.max() - _MASKED) if name in self.addends else tensor
 
     def limited(self, seen: Mapping[str, Histogram]) -> dict[str, Histogram]:
         """Addends no lower than where their sum, whatever else is added, is below all that was seen of it."""
