@@ -6,6 +6,7 @@ from . import __version__
 from .commands.check import check
 from .commands.diagnose import diagnose_command
 from .commands.diff import diff
+from .commands.equalize import equalize
 from .commands.experiments import compare, study
 from .commands.export import export
 from .commands.inspect import inspect
@@ -34,5 +35,5 @@ def main() -> None:
     """
 
 
-for _command in (quantize, validate_command, report_command, inspect, diagnose_command, diff, export, check, compare, study):
+for _command in (quantize, validate_command, report_command, inspect, diagnose_command, equalize, diff, export, check, compare, study):
     main.add_command(_command)

@@ -17,6 +17,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from . import runtime
+from .equalization import evenable
 from .errors import UsageError
 from .graph import Node
 from .quant_table import Copy
@@ -71,6 +72,7 @@ class Diagnosis:
         layers: those that add most first.
         together: the layers that add most, and what the output gains when all of them are float.
         settings: those that the file was made with, as its metadata has them; empty where there are none.
+        evenable: the layers whose inputs `equalize` could even out.
     """
 
     samples: int
@@ -80,6 +82,7 @@ class Diagnosis:
     layers: tuple[LayerError, ...]
     together: tuple[tuple[str, ...], float]
     settings: Mapping[str, Any]
+    evenable: tuple[str, ...] = ()
 
 
 def diagnose(
@@ -101,6 +104,7 @@ def diagnose(
     Raises:
         UsageError: the file has no quantizers named as `quantize` names them, or was made from another model.
     """
+    candidates = evenable(source)
     source = source.with_copies(_copies(source, quantized))
     quantizers = _quantizers(source, quantized)
     outputs = list(source.graph.outputs)
@@ -137,6 +141,7 @@ def diagnose(
         tuple(layers),
         (names, gain_of(names)),
         _settings(quantized),
+        candidates,
     )
 
 

@@ -21,7 +21,14 @@ def suggestions(found: Diagnosis) -> list[str]:
 
     Learning makes up for what is quantized elsewhere, so that the gain of a new run may be larger, and that of a layer alone smaller.
     """
-    texts = [*_learning(found), *_narrow_weights(found), *_bits_of_all(found), *_single_layers(found), *_ranges(found)]
+    texts = [
+        *_learning(found),
+        *_narrow_weights(found),
+        *_uneven_channels(found),
+        *_bits_of_all(found),
+        *_single_layers(found),
+        *_ranges(found),
+    ]
     iterations = found.settings.get("iterations", PRESETS.get(found.settings.get("preset", ""), PAPER_ITERATIONS))
     if found.settings.get("algorithm") not in _TO_NEAREST and iterations < PRESETS["default"]:
         texts.append(f"--preset default, or best: it was learned in {iterations} iterations a unit")
@@ -74,6 +81,18 @@ def _narrow_weights(found: Diagnosis) -> list[str]:
     return [
         "--no-reduce-range: weights that meet 8-bit activations have 7 bits, which only x86 CPUs without VNNI instructions need; the "
         f"output gains {gain:.1f} dB when all weights are float"
+    ]
+
+
+def _uneven_channels(found: Diagnosis) -> list[str]:
+    """Equalization, where the inputs that layers take from normalizations make much of the noise."""
+    noise = [10 ** (-ratio / 10) for layer in found.layers for ratio in (layer.weight, layer.input) if ratio is not None]
+    part = sum(10 ** (-layer.input / 10) for layer in found.layers if layer.input is not None and layer.node in found.evenable)
+    if not noise or part < _DOMINANT * sum(noise):
+        return []
+    return [
+        f"mrecg-onnx equalize, and quantize what it writes: {100 * part / sum(noise):.0f} % of the rounding noise of the layers' weights "
+        "and inputs is that of inputs from normalizations, whose channels it evens out"
     ]
 
 

@@ -1,5 +1,7 @@
 """The terminal: progress, the closing summary and the tables. Every number comes from the JSON-ready facts of `report`."""
 
+import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -157,6 +159,31 @@ def diagnosis_table(facts: dict[str, Any], most: int | None, width: int) -> Grou
     parts.append(Text(f"the output would have {' and '.join(halves)}", style="dim"))
     tries = [("try", escape(text)) for text in facts["suggestions"]] or [("", "nothing stands out")]
     return Group(*parts, _facts(tries))
+
+
+def equalization_table(facts: dict[str, Any]) -> Group:
+    """The values that were looked at: the signal to noise of their readers' results before and after, and what was done."""
+    table = _table(f"Results of what reads a normalization, {facts['precision']}", "before>", "after>", "strength>", "done", "value")
+    for row in facts["values"]:
+        done = ("folded" if row["folded"] else "scaled copy") if row["strength"] else "left"
+        ratios = (row["errors"][f"{strength:g}"] for strength in (0, row["strength"]))
+        before, after = (decibel(-10 * math.log10(error) if error else None) for error in ratios)
+        table.add_row(
+            before, after if row["strength"] else "", f"{row['strength']:g}" if row["strength"] else "", done, escape(_tail(row["value"]))
+        )
+    changed = sum(row["strength"] > 0 for row in facts["values"])
+    if not facts["values"]:
+        said = "nothing to equalize: no normalization's result is on a grid of its own, with weights on grids that nothing else reads"
+    elif not changed:
+        said = "nothing is enough better: left as it is"
+    else:
+        copies = sum(row["strength"] > 0 and not row["folded"] for row in facts["values"])
+        said = f"{changed} of {len(facts['values'])} values equalized" + (f", {copies} of them by a Mul" if copies else "")
+    agreement = f"; its outputs are the float model's: {decibel(facts['agreement'])}" if changed else ""
+    lines = [("equal", escape(said + agreement)), ("wrote", escape(facts["output"]))]
+    if changed:
+        lines.append(("next", escape(f"mrecg-onnx quantize {shlex.quote(facts['output'])} -p {facts['precision']} --calibration-data ...")))
+    return Group(*([table] if facts["values"] else []), _facts(lines))
 
 
 def comparison_table(lines: list[dict[str, Any]], width: int) -> Table:

@@ -1,0 +1,198 @@
+"""Equalization: the same results in float, whatever the shape of the graph, and less noise once it is quantized."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+
+from exporters import export_qdq
+from tests import zoo
+from toolchain import runtime
+from toolchain.cli import main
+from toolchain.config import Config
+from toolchain.diagnosis import diagnose
+from toolchain.equalization import Equalized, equalize
+from toolchain.pipeline import quantize
+from toolchain.samples import Samples
+from toolchain.source import SourceModel
+from toolchain.suggestions import suggestions
+from toolchain.validation import sqnr
+
+WIDTH = 16
+EQUAL = 100.0  # dB: float32 rounds at about 140, and sums over 16 channels in another scale lose a few
+W8A8 = Config(weight_bits=8, activation_bits=8, first_last_bits="same", algorithm="mse", device="cpu")
+TOKENS = Samples({"x": np.random.default_rng(5).normal(size=(24, 6, WIDTH)).astype(np.float32)})
+
+
+def encoder(
+    norm: str = "LayerNormalization", residual: bool = False, readers: Sequence[str] = ("MatMul",), spread: float = 30.0, shared: str = ""
+) -> onnx.ModelProto:
+    """A normalization whose channels differ by up to `spread`, and what reads it; with `residual` its result is added too."""
+    b = zoo.Builder({"x": ["N", 6, WIDTH]}, opset=23 if norm == "RMSNormalization" else 17, ir_version=11 if norm[0] == "R" else 8)
+    rng = np.random.default_rng(2)
+    scale = np.ones(WIDTH, np.float32)
+    scale[[3, 11]] = spread, spread / 3
+    gamma, beta = b.constant("gamma", scale), b.constant("beta", rng.normal(size=WIDTH).astype(np.float32) * scale)
+    if norm == "decomposed":
+        root = b.op("Sqrt", b.op("ReduceMean", b.op("Mul", "x", "x"), axes=[-1]))
+        value = b.op("Add", b.op("Mul", gamma, b.op("Div", "x", root)), beta, name="normed")
+    else:
+        value = b.op(norm, "x", gamma, *([beta] if norm[0] == "L" else []), name="normed")
+    results = []
+    for position, kind in enumerate(readers):
+        shape = (WIDTH, WIDTH)
+        weight = b.weight(f"w{position}", shape, WIDTH)
+        if kind == "Gemm":
+            flat = b.op("Reshape", value, b.constant(f"flat{position}", np.array([-1, WIDTH], np.int64)))
+            back = b.op("Gemm", flat, weight, transB=1)
+            results.append(b.op("Reshape", back, b.constant(f"back{position}", np.array([-1, 6, WIDTH], np.int64))))
+        else:
+            results.append(b.op("MatMul", value, weight))
+    if shared == "weight":
+        results.append(b.op("MatMul", "x", "w0"))
+    if shared == "gamma":
+        results.append(b.op("Mul", "x", gamma))
+    total = results[0]
+    for other in [*results[1:], *([value] if residual else [])]:
+        total = b.op("Add", total, other)
+    return b.model(total)
+
+
+def outputs(model: onnx.ModelProto, samples: Samples = TOKENS) -> dict[str, np.ndarray]:
+    return runtime.run(runtime.session(model), samples.inputs)
+
+
+def noise(source: SourceModel, float_outputs: dict[str, np.ndarray], config: Config = W8A8) -> float:
+    """The worst SQNR of a quantized file, run as it is written, against the outputs of the float model."""
+    file = export_qdq(source.model, quantize(source, TOKENS, config).table)
+    found = runtime.run(runtime.session(file, optimization=runtime.Optimization.NONE), TOKENS.inputs)
+    return min(sqnr(wanted, found[name]) for name, wanted in float_outputs.items())
+
+
+def changed(source: SourceModel, found: Equalized) -> set[str]:
+    """The constants of the source whose values are others afterwards."""
+    after = {tensor.name: numpy_helper.to_array(tensor) for tensor in found.model.graph.initializer}
+    return {name for name, array in source.constants.items() if not np.array_equal(array, after[name])}
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    norm=st.sampled_from(["LayerNormalization", "RMSNormalization", "decomposed"]),
+    residual=st.booleans(),
+    readers=st.lists(st.just("MatMul"), min_size=1, max_size=3),
+    spread=st.sampled_from([1.0, 30.0, 1e4]),
+    shared=st.sampled_from(["", "weight", "gamma"]),
+    bits=st.sampled_from([(8, 8), (4, 8), (4, 4), (8, 16)]),
+)
+def test_an_equalized_model_is_the_same_in_float_and_takes_the_least_error(
+    tmp_path_factory: pytest.TempPathFactory,
+    norm: str,
+    residual: bool,
+    readers: list[str],
+    spread: float,
+    shared: str,
+    bits: tuple[int, int],
+) -> None:
+    source = zoo.loaded(encoder(norm, residual, readers, spread, shared), tmp_path_factory.mktemp("law"))
+    found = equalize(source, TOKENS, Config(weight_bits=bits[0], activation_bits=bits[1], first_last_bits="same"))
+    wanted, got = outputs(source.model), outputs(found.model)
+    assert all(sqnr(wanted[name], got[name]) > EQUAL for name in wanted)
+    assert found.agreement > EQUAL
+    onnx.checker.check_model(found.model, full_check=True)
+    for choice in found.choices:
+        least = min(choice.errors.values())
+        assert choice.changes == (least <= 0.8 * choice.errors[0.0] and least < choice.errors[0.0])
+        assert choice.changes == (set(choice.factors) != {1.0})
+        assert not choice.changes or choice.errors[choice.strength] == least
+
+
+@pytest.mark.parametrize("norm", ["LayerNormalization", "RMSNormalization", "decomposed"])
+def test_where_only_layers_read_the_value_constants_alone_change(tmp_path: Path, norm: str) -> None:
+    source = zoo.loaded(encoder(norm, readers=["MatMul", "MatMul"]), tmp_path)
+    found = equalize(source, TOKENS, W8A8)
+    assert found.choices[0].changes
+    assert [n.SerializeToString() for n in found.model.graph.node] == [n.SerializeToString() for n in source.model.graph.node]
+    assert changed(source, found) == {"gamma", "w0", "w1", *([] if norm[0] == "R" else ["beta"])}
+
+
+@pytest.mark.parametrize(("residual", "shared"), [(True, ""), (False, "gamma")])
+def test_what_else_reads_the_value_or_its_constants_reads_what_it_read(tmp_path: Path, residual: bool, shared: str) -> None:
+    source = zoo.loaded(encoder(residual=residual, shared=shared), tmp_path)
+    found = equalize(source, TOKENS, W8A8)
+    assert changed(source, found) == {"w0"}
+    copies = [node for node in found.model.graph.node if "normed_equalized" in node.output]
+    assert [(node.op_type, node.input[0]) for node in copies] == [("Mul", "normed")]
+    assert [node.op_type for node in found.model.graph.node if "normed_equalized" in node.input] == ["MatMul"]
+
+
+def test_a_weight_that_others_read_stays(tmp_path: Path) -> None:
+    source = zoo.loaded(encoder(shared="weight"), tmp_path)
+    found = equalize(source, TOKENS, W8A8)
+    assert found.choices == ()
+    assert found.model.graph == source.model.graph
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_quantized_file_has_less_noise(tmp_path: Path, residual: bool) -> None:
+    """Two channels of 30 and 10 times the rest: at least 3 dB, where 4 to 6 were seen."""
+    source = zoo.loaded(encoder(residual=residual, readers=["MatMul", "MatMul"]), tmp_path)
+    wanted = outputs(source.model)
+    found = equalize(source, TOKENS, W8A8)
+    onnx.save(found.model, tmp_path / "equalized.onnx")
+    assert noise(zoo.loaded(found.model, tmp_path), wanted) > noise(source, wanted) + 3.0
+
+
+def test_diagnose_suggests_it_where_the_inputs_from_normalizations_make_the_noise(tmp_path: Path) -> None:
+    source = zoo.loaded(encoder(), tmp_path)
+    found = equalize(source, TOKENS, W8A8)
+
+    def suggested(one: SourceModel) -> list[str]:
+        file = export_qdq(one.model, quantize(one, TOKENS, W8A8).table)
+        return [text for text in suggestions(diagnose(one, file, TOKENS, tried=0)) if "equalize" in text]
+
+    (text,) = suggested(source)
+    assert re.match(r"mrecg-onnx equalize, and quantize what it writes: \d\d % of the rounding noise", text)
+    assert suggested(zoo.loaded(found.model, tmp_path)) == []
+
+
+def test_values_behind_a_reshape_are_left(tmp_path: Path) -> None:
+    source = zoo.loaded(encoder(readers=["Gemm"]), tmp_path)
+    assert equalize(source, TOKENS, W8A8).choices == ()
+
+
+def test_the_command_writes_a_model_that_quantize_takes(tmp_path: Path) -> None:
+    onnx.save(encoder(residual=True), tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", x=TOKENS.inputs["x"])
+    at = [str(tmp_path / "net.onnx"), "--calibration-data", str(tmp_path / "x.npz"), "-p", "w8a8"]
+    first = CliRunner().invoke(main, ["equalize", *at, "--first-last-bits", "same"])
+    assert first.exit_code == 0, first.output
+    assert "1 of 1 values equalized, 1 of them by a Mul" in " ".join(first.output.split())
+    again = CliRunner().invoke(main, ["equalize", *at])
+    assert again.exit_code == 2
+    assert "exists; give --overwrite" in again.output
+    at[0] = str(tmp_path / "net.equalized.onnx")
+    result = CliRunner().invoke(main, ["quantize", *at, "--algorithm", "mse", "-o", str(tmp_path / "q.onnx")])
+    assert result.exit_code == 0, result.output
+
+
+def test_a_model_without_normalizations_is_said_to_have_none(tmp_path: Path) -> None:
+    onnx.save(zoo.tiny_resnet(), tmp_path / "net.onnx")
+    np.savez(tmp_path / "x.npz", x=zoo.images(8).inputs["x"])
+    found = CliRunner().invoke(main, ["equalize", str(tmp_path / "net.onnx"), "--calibration-data", str(tmp_path / "x.npz")])
+    assert found.exit_code == 0, found.output
+    assert "nothing to equalize" in found.output
+
+
+def test_the_command_needs_samples(tmp_path: Path) -> None:
+    onnx.save(encoder(), tmp_path / "net.onnx")
+    found = CliRunner().invoke(main, ["equalize", str(tmp_path / "net.onnx")])
+    assert found.exit_code == 2
+    assert "--calibration-data is missing" in found.output
+    assert not (tmp_path / "net.equalized.onnx").exists()

@@ -1,0 +1,315 @@
+"""Moving the spread of channels from activations, which have one grid, into weights, which have one for each output channel.
+
+A few channels of what LayerNormalization makes are often ten to a hundred times as large as the rest, which then share a handful of codes.
+Dividing each channel j by s_j and multiplying the weights that read it by s_j leaves the products as they are (SmoothQuant, Xiao et al.,
+ICML 2023, Eq. 3 and 4: s_j = max|X_j|^a / max|W_j|^(1 - a)). The strength a is chosen for each value by the error that its readers' results
+have on grids; leaving the value as it is, is a choice too. What comes out is a float model, equal to the first but for the rounding of
+float32, that every other tool takes as any other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import onnx
+import torch
+from onnx import helper, numpy_helper
+
+from . import runtime
+from .calibration import Histogram, calibrate_activation, calibrate_weight
+from .config import Config
+from .errors import ExportError
+from .graph import WEIGHT_INPUT, Node, channel_axis
+from .islands import find_islands
+from .placement import Placement, place
+from .quant_table import QuantSpec, TensorQuant, dequantize
+from .quant_table import quantize as encode
+from .samples import Samples
+from .selection import match_nodes, own_precisions
+from .simulation import few_samples
+from .source import SourceModel, infer_types
+from .validation import sqnr
+
+STRENGTHS = (0.25, 0.5, 0.75)
+_VECTORS = 512  # of each value, that errors are measured on
+_WORTH = 0.8  # of the error at most is left by a choice that is taken: a decibel, beyond the luck of rounding
+_WIDEST = 16.0  # octaves that a factor may be from 1: weights stay normal floats
+_COMPARED, _LEAST = 4, 60.0  # samples, and dB: float32 rounds at 140
+_MARK = "mrecg_onnx.equalized"  # of the precision, in the metadata
+_NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A value [..., C] and the weighted nodes that read it.
+
+    `weights`: weight -> the axis of it that is summed over. `folded`: the constants [C], of the nodes that make the value, that carry its
+    channels; empty where others read the value too, so that these readers get a scaled copy of it.
+    """
+
+    value: str
+    readers: tuple[str, ...]
+    weights: Mapping[str, int]
+    folded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found for a group.
+
+    `errors`: strength -> energy of the error of all readers' results on grids, relative to that of the results; strength 0 is the value as
+    it is. `factors` [C]: what the value is divided by; ones where `strength` is 0.
+    """
+
+    group: Group
+    errors: Mapping[float, float]
+    strength: float
+    factors: np.ndarray
+
+    @property
+    def changes(self) -> bool:
+        return self.strength > 0
+
+
+@dataclass(frozen=True)
+class Equalized:
+    """The equal float model, what was chosen for each group, and how its outputs agree with the source's, in dB (infinite: exactly)."""
+
+    model: onnx.ModelProto
+    choices: tuple[Choice, ...]
+    agreement: float
+
+
+def equalize(source: SourceModel, samples: Samples, config: Config) -> Equalized:
+    """Find the groups of a model, choose their factors for a precision and target, and apply them.
+
+    Args:
+        source: the normalised model.
+        samples: calibration samples, checked against the model's inputs.
+        config: precision, target, what stays float, how many samples, and the seed that they are drawn with.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
+        UsageError: a setting names what the model does not have.
+        ExportError: the result is not equal to the source.
+    """
+    samples = samples.chosen(min(config.calibration_samples, config.range_samples), config.seed)
+    types = infer_types(source, samples.shapes, samples.inputs)
+    samples = samples.whole(types.batch)
+    own, floats = own_precisions(source.graph, config.own_bits), match_nodes(source.graph, config.keep_float)
+    placement = place(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
+    choices = choose(source, placement, find_groups(source, placement), samples)
+    model = equalized(source, choices)
+    helper.set_model_props(model, {entry.key: entry.value for entry in model.metadata_props} | {_MARK: config.label})
+    few = few_samples(source, samples, _COMPARED)
+    wanted, found = (runtime.run(runtime.session(one), few.inputs) for one in (source.model, model))
+    agreement = min((sqnr(wanted[name], found[name]) for name in wanted), default=float("inf"))
+    if agreement < _LEAST and any(choice.changes for choice in choices):
+        raise ExportError(f"{source.path}: the equalized model agrees with it to {agreement:.1f} dB only, where {_LEAST:.0f} are expected")
+    return Equalized(model, choices, agreement)
+
+
+def evenable(source: SourceModel) -> tuple[str, ...]:
+    """The weighted nodes that read what a normalization makes, in a model that has not been equalized."""
+    if any(entry.key == _MARK for entry in source.model.metadata_props):
+        return ()
+    return tuple(
+        node.name
+        for node in source.graph.weighted
+        if (weight := source.graph.weight(node)) is not None
+        and _summed_axis(source, node, weight) is not None
+        and _carriers(source, node.inputs[0])
+    )
+
+
+def find_groups(source: SourceModel, placement: Placement) -> tuple[Group, ...]:
+    """The values on grids of their own that a normalization makes, and the weighted nodes on grids that alone read their weights."""
+    found = (_group(source, placement, value) for value in placement.activations)
+    return tuple(group for group in found if group is not None)
+
+
+def choose(source: SourceModel, placement: Placement, groups: Sequence[Group], samples: Samples) -> tuple[Choice, ...]:
+    """The strength of each group that leaves the least error, from one run of the float model.
+
+    Raises:
+        UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
+    """
+    seen = _seen(source, [group.value for group in groups], samples)
+    return tuple(_choice(source, placement, group, *seen[group.value]) for group in groups if group.value in seen)
+
+
+def equalized(source: SourceModel, choices: Sequence[Choice]) -> onnx.ModelProto:
+    """The model with the factors that were chosen in it; every result is that of the source, but for the order of sums.
+
+    Where nothing else reads a value, its factors go into the constants of the node that makes it; else a Mul makes a scaled copy of it,
+    `<value>_equalized`, for the readers of the group.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(source.model)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for choice in choices:
+        if not choice.changes:
+            continue
+        group = choice.group
+        for weight, axis in group.weights.items():
+            _set(tensors[weight], source.constants[weight] * _along(choice.factors, axis, source.constants[weight].ndim))
+        if group.folded:
+            for constant in group.folded:
+                _set(tensors[constant], source.constants[constant] / choice.factors.reshape(source.constants[constant].shape))
+        else:
+            _insert_copy(model.graph, group, choice.factors)
+    return model
+
+
+def _group(source: SourceModel, placement: Placement, value: str) -> Group | None:
+    graph = source.graph
+    carriers = _carriers(source, value)
+    if not carriers or value in placement.copies:
+        return None
+    channels = source.constants[carriers[0]].size
+    weights: dict[str, int] = {}
+    readers: list[str] = []
+    for node in graph.readers_of(value):
+        weight = graph.weight(node)
+        if weight is None or weight not in placement.weights or node.inputs.count(value) > 1:
+            continue
+        axis = _summed_axis(source, node, weight)
+        if axis is not None and source.constants[weight].shape[axis] == channels:
+            weights[weight] = axis
+            readers.append(node.name)
+    if not readers or any(node.name not in readers for weight in weights for node in graph.readers_of(weight)):
+        return None
+    alone = value not in graph.outputs and all(node.name in readers for node in graph.readers_of(value))
+    own = alone and all(len(graph.readers_of(constant)) == 1 for constant in carriers) and not weights.keys() & set(carriers)
+    return Group(value, tuple(readers), MappingProxyType(weights), carriers if own else ())
+
+
+def _carriers(source: SourceModel, value: str) -> tuple[str, ...]:
+    """The constants [C] of a normalization that scale and shift the last axis of its result; none where it is no such result.
+
+    It is one operator, or the product with a constant vector, to which another may be added, that older exports end with.
+    """
+    graph = source.graph
+    node = graph.producer.get(value)
+    if node is None or not node.is_standard or node.outputs[0] != value:
+        return ()
+    if node.op_type in _NORMALIZATIONS:
+        axis = next((a.i for a in source.node_protos[node.name].attribute if a.name == "axis"), -1)
+        constants = tuple(name for name in node.inputs[1:] if name)
+        return constants if axis == -1 and all(_is_vector(source, name) for name in constants) else ()
+    shift = _vector(source, node) if node.op_type == "Add" else None
+    if shift is not None:
+        (value,) = graph.data_inputs(node)
+        node = graph.producer.get(value)
+        if node is None or len(graph.readers_of(value)) > 1 or value in graph.outputs:
+            return ()
+    scale = _vector(source, node) if node.op_type == "Mul" and node.is_standard else None
+    if scale is None or (shift is not None and source.constants[shift].size != source.constants[scale].size):
+        return ()
+    return (scale,) if shift is None else (scale, shift)
+
+
+def _vector(source: SourceModel, node: Node) -> str | None:
+    """The constant [C] that a node of two inputs has beside a computed one."""
+    constants = [name for name in node.inputs if name in source.constants]
+    return constants[0] if len(constants) == 1 and len(node.inputs) == 2 and _is_vector(source, constants[0]) else None
+
+
+def _is_vector(source: SourceModel, name: str) -> bool:
+    array = source.constants.get(name)
+    return array is not None and array.dtype == np.float32 and array.ndim > 0 and 1 < array.size == array.shape[-1]
+
+
+def _summed_axis(source: SourceModel, node: Node, weight: str) -> int | None:
+    """The axis of a matrix that a node sums over where it reads the last axis of its input; None where it does neither."""
+    shape = source.constants[weight].shape
+    attributes = {a.name: a.i for a in source.node_protos[node.name].attribute}
+    if node.op_type not in ("MatMul", "Gemm") or WEIGHT_INPUT[node.op_type] != 1 or len(shape) != 2 or attributes.get("transA"):
+        return None
+    return 1 - channel_axis(node.op_type, 2, bool(attributes.get("transB")))
+
+
+def _seen(source: SourceModel, values: Sequence[str], samples: Samples) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Largest magnitude of each channel [C] over all samples, and some vectors [n, C], evenly from all of them, by value."""
+    largest: dict[str, np.ndarray] = {}
+    vectors: dict[str, list[np.ndarray]] = {value: [] for value in values}
+    if not values:
+        return {}
+    share = max(_VECTORS // max(samples.count, 1), 1)
+    for one in runtime.passes(runtime.exposing(source.model, values), samples.inputs, values):
+        for value in values:
+            rows = runtime.as_array(one.made[value])
+            rows = rows.reshape(-1, rows.shape[-1])
+            if not rows.size or not np.isfinite(rows).all():
+                continue
+            found = np.abs(rows).max(axis=0)
+            largest[value] = np.maximum(largest[value], found) if value in largest else found
+            step = max(len(rows) // (share * one.count), 1)
+            vectors[value].append(rows[step // 2 :: step])
+    return {value: (found, np.concatenate(vectors[value])[: 2 * _VECTORS]) for value, found in largest.items()}
+
+
+def _choice(source: SourceModel, placement: Placement, group: Group, largest: np.ndarray, vectors: np.ndarray) -> Choice:
+    """The best strength of a group, by the error of its readers' results where values and weights are rounded to nearest."""
+    weights = {name: np.moveaxis(source.constants[name], axis, 0) for name, axis in group.weights.items()}  # [C, outputs]
+    heaviest = np.max([np.abs(weight).max(axis=1) for weight in weights.values()], axis=0)
+    factors = {0.0: np.ones(len(largest), np.float32)} | {a: _factors(largest, heaviest, a) for a in STRENGTHS}
+    exact = {name: vectors @ weight for name, weight in weights.items()}
+    energy = sum(float(np.square(result, dtype=np.float64).sum()) for result in exact.values())
+    errors: dict[float, float] = {}
+    for strength, divided in factors.items():
+        read = _on_grid(vectors / divided, placement.activations[group.value])
+        error = 0.0
+        for name, axis in group.weights.items():
+            scaled = source.constants[name] * _along(divided, axis, 2)
+            rounded = _rounded(scaled, calibrate_weight(scaled, placement.weights[name], "mse", 100.0))
+            error += float(np.square(read @ np.moveaxis(rounded, axis, 0) - exact[name], dtype=np.float64).sum())
+        errors[strength] = error / energy if energy else 0.0
+    best = min(errors, key=lambda strength: (errors[strength], strength))
+    if errors[best] > _WORTH * errors[0.0]:
+        best = 0.0
+    return Choice(group, MappingProxyType(errors), best, factors[best])
+
+
+def _factors(largest: np.ndarray, heaviest: np.ndarray, strength: float) -> np.ndarray:
+    """s_j = max|X_j|^a / max|W_j|^(1 - a), around 1; 1 where a channel is nothing, or read by nothing."""
+    alive = (largest > 0) & (heaviest > 0)
+    exponents = np.zeros(len(largest))
+    exponents[alive] = strength * np.log2(largest[alive]) - (1 - strength) * np.log2(heaviest[alive])
+    if alive.any():
+        exponents[alive] -= np.median(exponents[alive])
+    return np.exp2(np.clip(exponents, -_WIDEST, _WIDEST)).astype(np.float32)
+
+
+def _on_grid(values: np.ndarray, spec: QuantSpec) -> np.ndarray:
+    return _rounded(values, calibrate_activation(Histogram.of(torch.from_numpy(values)), spec, "mse", 100.0))
+
+
+def _rounded(values: np.ndarray, grid: TensorQuant) -> np.ndarray:
+    return dequantize(encode(values, grid), grid)
+
+
+def _along(factors: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    """Factors [C], shaped to broadcast along an axis."""
+    return factors.reshape([-1 if position == axis else 1 for position in range(rank)])
+
+
+def _set(tensor: onnx.TensorProto, array: np.ndarray) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), tensor.name))
+
+
+def _insert_copy(graph: onnx.GraphProto, group: Group, factors: np.ndarray) -> None:
+    """Put a Mul behind the node that makes the value, and let the readers of the group read its result."""
+    copy = f"{group.value}_equalized"
+    graph.initializer.append(numpy_helper.from_array((1 / factors).astype(np.float32), f"{copy}_factors"))
+    nodes = []
+    for node in graph.node:
+        if node.name in group.readers:
+            node.input[0] = copy
+        nodes.append(node)
+        if group.value in node.output:
+            nodes.append(helper.make_node("Mul", [group.value, f"{copy}_factors"], [copy], copy))
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
