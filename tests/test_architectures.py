@@ -116,6 +116,8 @@ def test_shared_weights_are_learned_once(tmp_path: Path) -> None:
     ]
     assert len(learned) == len(set(learned))
     assert all(quantized.table[name].codes is not None for name in ("w0", "w1", "w2", "w3"))
+    (note,) = quantized.notes
+    assert "learned with the first that reads them: 'w0' with b00, not b01" in note
 
 
 def test_boundaries_end_blocks(tmp_path: Path) -> None:

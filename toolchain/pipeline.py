@@ -147,9 +147,24 @@ def quantize(
         laps.seconds,
         islands,
         processes.count,
-        (*([rewritten] if rewritten is not None else []), *room.notes),
+        (*([rewritten] if rewritten is not None else []), *(_learned_once(plan, table, source) if config.learns else ()), *room.notes),
         ranges,
     )
+
+
+def _learned_once(plan: Plan, table: QuantTable, source: SourceModel) -> tuple[str, ...]:
+    """What is to be said of weights that layers of several units read: their rounding is learned with the first alone."""
+    read: dict[str, list[str]] = {}
+    for unit in plan.units:
+        weights = {source.graph.weight(node) for node in unit.nodes} & table.tensors.keys()
+        for weight in sorted(name for name in weights if name is not None):
+            read.setdefault(weight, []).append(unit.name)
+    shared = {weight: units for weight, units in read.items() if len(units) > 1}
+    if not shared:
+        return ()
+    weight, units = next(iter(shared.items()))
+    others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
+    return (f"weights of several units are learned with the first that reads them: {weight!r} with {units[0]}, not {units[1]}{others}",)
 
 
 class _Laps:
