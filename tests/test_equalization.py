@@ -47,8 +47,7 @@ def encoder(
         value = b.op(norm, "x", gamma, *([beta] if norm[0] == "L" else []), name="normed")
     results = []
     for position, kind in enumerate(readers):
-        shape = (WIDTH, WIDTH)
-        weight = b.weight(f"w{position}", shape, WIDTH)
+        weight = b.weight(f"w{position}", (WIDTH, WIDTH), WIDTH)
         if kind == "Gemm":
             flat = b.op("Reshape", value, b.constant(f"flat{position}", np.array([-1, WIDTH], np.int64)))
             back = b.op("Gemm", flat, weight, transB=1)
@@ -86,7 +85,7 @@ def changed(source: SourceModel, found: Equalized) -> set[str]:
 @given(
     norm=st.sampled_from(["LayerNormalization", "RMSNormalization", "decomposed"]),
     residual=st.booleans(),
-    readers=st.lists(st.just("MatMul"), min_size=1, max_size=3),
+    readers=st.lists(st.sampled_from(["MatMul", "Gemm"]), min_size=1, max_size=3),
     spread=st.sampled_from([1.0, 30.0, 1e4]),
     shared=st.sampled_from(["", "weight", "gamma"]),
     bits=st.sampled_from([(8, 8), (4, 8), (4, 4), (8, 16)]),
@@ -162,9 +161,23 @@ def test_diagnose_suggests_it_where_the_inputs_from_normalizations_make_the_nois
     assert suggested(zoo.loaded(found.model, tmp_path)) == []
 
 
-def test_values_behind_a_reshape_are_left(tmp_path: Path) -> None:
-    source = zoo.loaded(encoder(readers=["Gemm"]), tmp_path)
-    assert equalize(source, TOKENS, W8A8).choices == ()
+@pytest.mark.parametrize("residual", [False, True])
+def test_layers_behind_rearrangements_count(tmp_path: Path, residual: bool) -> None:
+    """A linear layer on tokens that are folded into the first axis, as exports for one sample have them."""
+    source = zoo.loaded(encoder(residual=residual, readers=["Gemm", "MatMul"]), tmp_path)
+    found = equalize(source, TOKENS, W8A8)
+    (choice,) = found.choices
+    assert choice.group.weights == {"w0": 1, "w1": 0}
+    assert changed(source, found) == {"w0", "w1"} | (set() if residual else {"gamma", "beta"})
+
+
+def test_a_rearrangement_of_the_channels_themselves_is_left(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", WIDTH, WIDTH]})
+    value = b.op("LayerNormalization", "x", b.constant("gamma", np.linspace(1, 40, WIDTH, dtype=np.float32)))
+    turned = b.op("Transpose", value, perm=[0, 2, 1])
+    source = zoo.loaded(b.model(b.op("MatMul", turned, b.weight("w", (WIDTH, WIDTH), WIDTH))), tmp_path)
+    samples = Samples({"x": np.random.default_rng(1).normal(size=(8, WIDTH, WIDTH)).astype(np.float32)})
+    assert equalize(source, samples, W8A8).choices == ()
 
 
 def test_the_command_writes_a_model_that_quantize_takes(tmp_path: Path) -> None:

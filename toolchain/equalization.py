@@ -28,7 +28,7 @@ from .quant_table import quantize as encode
 from .samples import Samples
 from .selection import match_nodes, own_precisions
 from .simulation import few_samples
-from .source import SourceModel, infer_types
+from .source import SourceModel, ValueTypes, infer_types
 from .validation import sqnr
 
 STRENGTHS = (0.25, 0.5, 0.75)
@@ -37,12 +37,13 @@ _WORTH = 0.8  # of the error at most is left by a choice that is taken: a decibe
 _WIDEST = 16.0  # octaves that a factor may be from 1: weights stay normal floats
 _COMPARED, _LEAST = 4, 60.0  # samples, and dB: float32 rounds at 140
 _MARK = "mrecg_onnx.equalized"  # of the precision, in the metadata
+_REARRANGEMENTS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
 _NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
 
 
 @dataclass(frozen=True)
 class Group:
-    """A value [..., C] and the weighted nodes that read it.
+    """A value [..., C] and what reads it: `readers` are weighted nodes, or rearrangements that lead to such alone.
 
     `weights`: weight -> the axis of it that is summed over. `folded`: the constants [C], of the nodes that make the value, that carry its
     channels; empty where others read the value too, so that these readers get a scaled copy of it.
@@ -99,7 +100,7 @@ def equalize(source: SourceModel, samples: Samples, config: Config) -> Equalized
     samples = samples.whole(types.batch)
     own, floats = own_precisions(source.graph, config.own_bits), match_nodes(source.graph, config.keep_float)
     placement = place(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
-    choices = choose(source, placement, find_groups(source, placement), samples)
+    choices = choose(source, placement, find_groups(source, types, placement), samples)
     model = equalized(source, choices)
     helper.set_model_props(model, {entry.key: entry.value for entry in model.metadata_props} | {_MARK: config.label})
     few = few_samples(source, samples, _COMPARED)
@@ -119,13 +120,16 @@ def evenable(source: SourceModel) -> tuple[str, ...]:
         for node in source.graph.weighted
         if (weight := source.graph.weight(node)) is not None
         and _summed_axis(source, node, weight) is not None
-        and _carriers(source, node.inputs[0])
+        and _carriers(source, _origin(source, node.inputs[0]))
     )
 
 
-def find_groups(source: SourceModel, placement: Placement) -> tuple[Group, ...]:
-    """The values on grids of their own that a normalization makes, and the weighted nodes on grids that alone read their weights."""
-    found = (_group(source, placement, value) for value in placement.activations)
+def find_groups(source: SourceModel, types: ValueTypes, placement: Placement) -> tuple[Group, ...]:
+    """The values on grids of their own that a normalization makes, and the weighted nodes on grids that alone read their weights.
+
+    Rearrangements may lie between the two, where they leave the last axis as it is.
+    """
+    found = (_group(source, types, placement, value) for value in placement.activations)
     return tuple(group for group in found if group is not None)
 
 
@@ -162,27 +166,67 @@ def equalized(source: SourceModel, choices: Sequence[Choice]) -> onnx.ModelProto
     return model
 
 
-def _group(source: SourceModel, placement: Placement, value: str) -> Group | None:
+def _group(source: SourceModel, types: ValueTypes, placement: Placement, value: str) -> Group | None:
     graph = source.graph
     carriers = _carriers(source, value)
     if not carriers or value in placement.copies:
         return None
     channels = source.constants[carriers[0]].size
     weights: dict[str, int] = {}
+    inside: set[str] = set()
     readers: list[str] = []
     for node in graph.readers_of(value):
-        weight = graph.weight(node)
-        if weight is None or weight not in placement.weights or node.inputs.count(value) > 1:
-            continue
-        axis = _summed_axis(source, node, weight)
-        if axis is not None and source.constants[weight].shape[axis] == channels:
-            weights[weight] = axis
+        found = _reached(source, types, node, value, channels)
+        if found and found.keys() <= placement.weights.keys():
+            weights |= found
             readers.append(node.name)
-    if not readers or any(node.name not in readers for weight in weights for node in graph.readers_of(weight)):
+            inside |= _layers_of(source, node)
+    if not readers or any(node.name not in inside for weight in weights for node in graph.readers_of(weight)):
         return None
     alone = value not in graph.outputs and all(node.name in readers for node in graph.readers_of(value))
     own = alone and all(len(graph.readers_of(constant)) == 1 for constant in carriers) and not weights.keys() & set(carriers)
     return Group(value, tuple(readers), MappingProxyType(weights), carriers if own else ())
+
+
+def _reached(source: SourceModel, types: ValueTypes, node: Node, value: str, channels: int) -> dict[str, int]:
+    """The weights that a reader applies to a value's last axis, itself or behind rearrangements of the others; none where it does more."""
+    graph = source.graph
+    if node.inputs.count(value) != 1 or node.inputs[0] != value:
+        return {}
+    weight = graph.weight(node)
+    if weight is not None:
+        axis = _summed_axis(source, node, weight)
+        return {weight: axis} if axis is not None and source.constants[weight].shape[axis] == channels else {}
+    moved = node.outputs[0] if node.outputs else ""
+    if not _keeps_last_axis(source, types, node, channels) or moved in graph.outputs or not graph.readers_of(moved):
+        return {}
+    found = [_reached(source, types, reader, moved, channels) for reader in graph.readers_of(moved)]
+    return {weight: axis for some in found for weight, axis in some.items()} if all(found) else {}
+
+
+def _keeps_last_axis(source: SourceModel, types: ValueTypes, node: Node, channels: int) -> bool:
+    """Whether a node moves whole vectors of a value's last axis."""
+    if not node.is_standard or node.op_type not in _REARRANGEMENTS or len(node.outputs) != 1:
+        return False
+    before, after = (types.shapes.get(name) for name in (node.inputs[0], node.outputs[0]))
+    if before is None or after is None or not before or not after or before[-1] != channels or after[-1] != channels:
+        return False
+    order = next((list(a.ints) for a in source.node_protos[node.name].attribute if a.name == "perm"), [])
+    return node.op_type != "Transpose" or (bool(order) and order[-1] == len(order) - 1)
+
+
+def _layers_of(source: SourceModel, node: Node) -> set[str]:
+    """The weighted node that a reader is, or those that it leads to as a rearrangement."""
+    if source.graph.weight(node) is not None:
+        return {node.name}
+    return {name for reader in source.graph.readers_of(node.outputs[0]) for name in _layers_of(source, reader)}
+
+
+def _origin(source: SourceModel, value: str) -> str:
+    """What a value is a rearrangement of, whatever becomes of its axes."""
+    while (node := source.graph.producer.get(value)) is not None and node.is_standard and node.op_type in _REARRANGEMENTS:
+        value = node.inputs[0]
+    return value
 
 
 def _carriers(source: SourceModel, value: str) -> tuple[str, ...]:
