@@ -1,9 +1,10 @@
 """Real sentences for text models: those of the standard library's documentation, as the token numbers of a model's own tokenizer.
 
-usage: python -m tests.benchmarks.sentences TOKENIZER.json FOLDER [--count 256] [--length 64]
+usage: python -m tests.benchmarks.sentences TOKENIZER.json FOLDER [--count 256] [--length 20]
 
 Needs `tokenizers` (pip install tokenizers). Writes FOLDER/sentences_calibration.npz and FOLDER/sentences_evaluation.npz, with `input_ids`
-and `attention_mask` of int64 [count, length]: one sentence in each row, padded with zeros. Other Python versions have other sentences.
+and `attention_mask` of int64 [count, length]: the first tokens of one sentence in each row, which has as many, so that nothing is padding (what an encoder
+makes of it would count where results are means over all tokens). Other Python versions have other sentences.
 """
 
 import argparse
@@ -44,23 +45,18 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=256)
-    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--length", type=int, default=20)
     arguments = parser.parse_args()
     from tokenizers import Tokenizer  # pyright: ignore[reportMissingImports]
 
     tokenizer = Tokenizer.from_file(str(arguments.tokenizer))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    texts = sentences()
+    rows = [numbers[: arguments.length] for text in sentences() if len(numbers := tokenizer.encode(text).ids) >= arguments.length]
     for position, name in enumerate(("calibration", "evaluation")):
-        some = texts[position * arguments.count : (position + 1) * arguments.count]
-        numbers = np.zeros((len(some), arguments.length), np.int64)
-        mask = np.zeros_like(numbers)
-        for row, text in enumerate(some):
-            tokens = tokenizer.encode(text).ids[: arguments.length]
-            numbers[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-        np.savez(arguments.folder / f"sentences_{name}.npz", input_ids=numbers, attention_mask=mask)
-        print(f"sentences_{name}.npz: {len(some)} of {len(texts)} sentences, {mask.sum() / len(some):.1f} tokens each")
+        some = np.array(rows[position * arguments.count : (position + 1) * arguments.count], np.int64)
+        np.savez(arguments.folder / f"sentences_{name}.npz", input_ids=some, attention_mask=np.ones_like(some))
+        print(f"sentences_{name}.npz: {len(some)} of {len(rows)} sentences")
 
 
 if __name__ == "__main__":
