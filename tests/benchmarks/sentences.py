@@ -3,8 +3,8 @@
 usage: python -m tests.benchmarks.sentences TOKENIZER.json FOLDER [--count 256] [--length 20]
 
 Needs `tokenizers` (pip install tokenizers). Writes FOLDER/sentences_calibration.npz and FOLDER/sentences_evaluation.npz, with `input_ids`
-and `attention_mask` of int64 [count, length]: the first tokens of one sentence in each row, which has as many, so that nothing is padding (what an encoder
-makes of it would count where results are means over all tokens). Other Python versions have other sentences.
+and `attention_mask` of int64 [count, length]: the first tokens of one sentence in each row, which has as many. Nothing is padding: what an
+encoder makes of it would count where results are means over all tokens. Other Python versions have other sentences.
 """
 
 import argparse
