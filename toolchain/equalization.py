@@ -23,6 +23,7 @@ from .errors import ExportError
 from .graph import WEIGHT_INPUT, Node, channel_axis
 from .islands import find_islands
 from .placement import Placement, place
+from .progress import Progress
 from .quant_table import QuantSpec, TensorQuant, dequantize
 from .quant_table import quantize as encode
 from .samples import Samples
@@ -32,7 +33,7 @@ from .source import SourceModel, ValueTypes, infer_types
 from .validation import sqnr
 
 STRENGTHS = (0.25, 0.5, 0.75)
-_VECTORS = 512  # of each value, that errors are measured on
+_VECTORS, _OUTPUTS = 512, 256  # of each value, and of each layer, that errors are measured on
 _WORTH = 0.8  # of the error at most is left by a choice that is taken: a decibel, beyond the luck of rounding
 _WIDEST = 16.0  # octaves that a factor may be from 1: weights stay normal floats
 _COMPARED, _LEAST = 4, 60.0  # samples, and dB: float32 rounds at 140
@@ -82,13 +83,14 @@ class Equalized:
     agreement: float
 
 
-def equalize(source: SourceModel, samples: Samples, config: Config) -> Equalized:
+def equalize(source: SourceModel, samples: Samples, config: Config, progress: Progress = lambda *_: None) -> Equalized:
     """Find the groups of a model, choose their factors for a precision and target, and apply them.
 
     Args:
         source: the normalised model.
         samples: calibration samples, checked against the model's inputs.
         config: precision, target, what stays float, how many samples, and the seed that they are drawn with.
+        progress: called as the work proceeds.
 
     Raises:
         UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
@@ -100,7 +102,7 @@ def equalize(source: SourceModel, samples: Samples, config: Config) -> Equalized
     samples = samples.whole(types.batch)
     own, floats = own_precisions(source.graph, config.own_bits), match_nodes(source.graph, config.keep_float)
     placement = place(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
-    choices = choose(source, placement, find_groups(source, types, placement), samples)
+    choices = choose(source, placement, find_groups(source, types, placement), samples, progress)
     model = equalized(source, choices)
     helper.set_model_props(model, {entry.key: entry.value for entry in model.metadata_props} | {_MARK: config.label})
     few = few_samples(source, samples, _COMPARED)
@@ -133,14 +135,21 @@ def find_groups(source: SourceModel, types: ValueTypes, placement: Placement) ->
     return tuple(group for group in found if group is not None)
 
 
-def choose(source: SourceModel, placement: Placement, groups: Sequence[Group], samples: Samples) -> tuple[Choice, ...]:
+def choose(
+    source: SourceModel, placement: Placement, groups: Sequence[Group], samples: Samples, progress: Progress = lambda *_: None
+) -> tuple[Choice, ...]:
     """The strength of each group that leaves the least error, from one run of the float model.
 
     Raises:
         UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
     """
     seen = _seen(source, [group.value for group in groups], samples)
-    return tuple(_choice(source, placement, group, *seen[group.value]) for group in groups if group.value in seen)
+    choices = []
+    for position, group in enumerate(groups):
+        progress("equalizing", position, len(groups), float("nan"))
+        if group.value in seen:
+            choices.append(_choice(source, placement, group, *seen[group.value]))
+    return tuple(choices)
 
 
 def equalized(source: SourceModel, choices: Sequence[Choice]) -> onnx.ModelProto:
@@ -296,17 +305,17 @@ def _seen(source: SourceModel, values: Sequence[str], samples: Samples) -> dict[
 
 def _choice(source: SourceModel, placement: Placement, group: Group, largest: np.ndarray, vectors: np.ndarray) -> Choice:
     """The best strength of a group, by the error of its readers' results where values and weights are rounded to nearest."""
-    weights = {name: np.moveaxis(source.constants[name], axis, 0) for name, axis in group.weights.items()}  # [C, outputs]
-    heaviest = np.max([np.abs(weight).max(axis=1) for weight in weights.values()], axis=0)
+    heaviest = np.max([np.abs(source.constants[name]).max(axis=1 - axis) for name, axis in group.weights.items()], axis=0)
     factors = {0.0: np.ones(len(largest), np.float32)} | {a: _factors(largest, heaviest, a) for a in STRENGTHS}
-    exact = {name: vectors @ weight for name, weight in weights.items()}
+    weights = {name: _some_outputs(source.constants[name], axis) for name, axis in group.weights.items()}
+    exact = {name: vectors @ np.moveaxis(weight, group.weights[name], 0) for name, weight in weights.items()}
     energy = sum(float(np.square(result, dtype=np.float64).sum()) for result in exact.values())
     errors: dict[float, float] = {}
     for strength, divided in factors.items():
         read = _on_grid(vectors / divided, placement.activations[group.value])
         error = 0.0
         for name, axis in group.weights.items():
-            scaled = source.constants[name] * _along(divided, axis, 2)
+            scaled = weights[name] * _along(divided, axis, 2)
             rounded = _rounded(scaled, calibrate_weight(scaled, placement.weights[name], "mse", 100.0))
             error += float(np.square(read @ np.moveaxis(rounded, axis, 0) - exact[name], dtype=np.float64).sum())
         errors[strength] = error / energy if energy else 0.0
@@ -314,6 +323,12 @@ def _choice(source: SourceModel, placement: Placement, group: Group, largest: np
     if errors[best] > _WORTH * errors[0.0]:
         best = 0.0
     return Choice(group, MappingProxyType(errors), best, factors[best])
+
+
+def _some_outputs(weight: np.ndarray, axis: int) -> np.ndarray:
+    """The part of a matrix that makes some of its outputs, evenly chosen; `axis` is the one that is summed over."""
+    outputs = weight.shape[1 - axis]
+    return weight.take(np.arange(0, outputs, -(-outputs // _OUTPUTS)), axis=1 - axis)
 
 
 def _factors(largest: np.ndarray, heaviest: np.ndarray, strength: float) -> np.ndarray:

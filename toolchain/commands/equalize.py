@@ -63,7 +63,8 @@ def equalize(
         shown = Shown(as_json, verbose)
         source = load_source(model)
         samples = calibration_at(calibration_data, source, config, data, config.calibration_samples, shown.log)
-        found = equalization.equalize(source, samples, config)
+        with terminal.progress_on(shown.log) as progress:
+            found = equalization.equalize(source, samples, config, progress)
         check_loads(found.model)
         write_model(found.model, output)
         facts = report.finite(
