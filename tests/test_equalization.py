@@ -14,7 +14,7 @@ from onnx import numpy_helper
 
 from exporters import export_qdq
 from tests import zoo
-from toolchain import runtime
+from toolchain import large, runtime
 from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.diagnosis import diagnose
@@ -161,6 +161,14 @@ def test_diagnose_suggests_it_where_the_inputs_from_normalizations_make_the_nois
     assert suggested(zoo.loaded(found.model, tmp_path)) == []
 
 
+@pytest.mark.parametrize(("target", "residual", "groups"), [("qnn", True, 0), ("qnn", False, 1), ("ort-cpu", True, 1)])
+def test_what_is_rounded_for_others_gets_no_scaled_copy(tmp_path: Path, target: str, residual: bool, groups: int) -> None:
+    """Where sums are on integers too, a copy would be made of codes."""
+    source = zoo.loaded(encoder(residual=residual), tmp_path)
+    config = Config(weight_bits=8, activation_bits=8, first_last_bits="same", target=target)
+    assert len(equalize(source, TOKENS, config).choices) == groups
+
+
 @pytest.mark.parametrize("residual", [False, True])
 def test_layers_behind_rearrangements_count(tmp_path: Path, residual: bool) -> None:
     """A linear layer on tokens that are folded into the first axis, as exports for one sample have them."""
@@ -201,6 +209,20 @@ def test_a_model_without_normalizations_is_said_to_have_none(tmp_path: Path) -> 
     found = CliRunner().invoke(main, ["equalize", str(tmp_path / "net.onnx"), "--calibration-data", str(tmp_path / "x.npz")])
     assert found.exit_code == 0, found.output
     assert "nothing to equalize" in found.output
+
+
+def test_weights_may_be_outside_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "OUTSIDE", 500)
+    monkeypatch.setattr(large, "LIMIT", 1000)
+    onnx.save(encoder(residual=True), tmp_path / "net.onnx", save_as_external_data=True, location="net.bin", size_threshold=64)
+    np.savez(tmp_path / "x.npz", x=TOKENS.inputs["x"])
+    at = [str(tmp_path / "net.onnx"), "--calibration-data", str(tmp_path / "x.npz"), "-p", "w8a8"]
+    found = CliRunner().invoke(main, ["equalize", *at, "--first-last-bits", "same"])
+    assert found.exit_code == 0, found.output
+    written = tmp_path / "net.equalized.onnx"
+    assert written.with_name(f"{written.name}.data").is_file()
+    wanted, got = (runtime.run(runtime.session(path), TOKENS.inputs) for path in (tmp_path / "net.onnx", written))
+    assert all(sqnr(wanted[name], got[name]) > EQUAL for name in wanted)
 
 
 def test_the_command_needs_samples(tmp_path: Path) -> None:

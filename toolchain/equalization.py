@@ -27,6 +27,7 @@ from .progress import Progress
 from .quant_table import QuantSpec, TensorQuant, dequantize
 from .quant_table import quantize as encode
 from .samples import Samples
+from .scheme import Scheme
 from .selection import match_nodes, own_precisions
 from .simulation import few_samples
 from .source import SourceModel, ValueTypes, infer_types
@@ -102,7 +103,7 @@ def equalize(source: SourceModel, samples: Samples, config: Config, progress: Pr
     samples = samples.whole(types.batch)
     own, floats = own_precisions(source.graph, config.own_bits), match_nodes(source.graph, config.keep_float)
     placement = place(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
-    choices = choose(source, placement, find_groups(source, types, placement), samples, progress)
+    choices = choose(source, placement, find_groups(source, types, placement, config.scheme), samples, progress)
     model = equalized(source, choices)
     helper.set_model_props(model, {entry.key: entry.value for entry in model.metadata_props} | {_MARK: config.label})
     few = few_samples(source, samples, _COMPARED)
@@ -126,12 +127,13 @@ def evenable(source: SourceModel) -> tuple[str, ...]:
     )
 
 
-def find_groups(source: SourceModel, types: ValueTypes, placement: Placement) -> tuple[Group, ...]:
+def find_groups(source: SourceModel, types: ValueTypes, placement: Placement, scheme: Scheme) -> tuple[Group, ...]:
     """The values on grids of their own that a normalization makes, and the weighted nodes on grids that alone read their weights.
 
-    Rearrangements may lie between the two, where they leave the last axis as it is.
+    Rearrangements may lie between the two, where they leave the last axis as it is. A value that is on its grid for others too is left: a
+    scaled copy would be made of what is rounded already.
     """
-    found = (_group(source, types, placement, value) for value in placement.activations)
+    found = (_group(source, types, placement, scheme, value) for value in placement.activations)
     return tuple(group for group in found if group is not None)
 
 
@@ -175,7 +177,7 @@ def equalized(source: SourceModel, choices: Sequence[Choice]) -> onnx.ModelProto
     return model
 
 
-def _group(source: SourceModel, types: ValueTypes, placement: Placement, value: str) -> Group | None:
+def _group(source: SourceModel, types: ValueTypes, placement: Placement, scheme: Scheme, value: str) -> Group | None:
     graph = source.graph
     carriers = _carriers(source, value)
     if not carriers or value in placement.copies:
@@ -192,8 +194,11 @@ def _group(source: SourceModel, types: ValueTypes, placement: Placement, value: 
             inside |= _layers_of(source, node)
     if not readers or any(node.name not in inside for weight in weights for node in graph.readers_of(weight)):
         return None
-    alone = value not in graph.outputs and all(node.name in readers for node in graph.readers_of(value))
+    others = [node.name for node in graph.readers_of(value) if node.name not in readers]
+    alone = value not in graph.outputs and not others
     own = alone and all(len(graph.readers_of(constant)) == 1 for constant in carriers) and not weights.keys() & set(carriers)
+    if not own and (scheme.results == "all" or not placement.met.isdisjoint(others)):
+        return None
     return Group(value, tuple(readers), MappingProxyType(weights), carriers if own else ())
 
 

@@ -173,7 +173,7 @@ def equalization_table(facts: dict[str, Any]) -> Group:
         )
     changed = sum(row["strength"] > 0 for row in facts["values"])
     if not facts["values"]:
-        said = "nothing to equalize: no normalization's result is on a grid of its own, with weights on grids that nothing else reads"
+        said = "nothing to equalize: no normalization's result is on a grid for layers alone whose weights nothing else reads"
     elif not changed:
         said = "nothing is enough better: left as it is"
     else:
