@@ -203,3 +203,15 @@ def test_an_open_axis_need_not_fit_one_element(tmp_path: Path) -> None:
     table = quantize(source, samples, Config(algorithm="mse", device="cpu")).table
     found = diagnose(source, export_qdq(source.model, table), samples, tried=1)
     assert all(layer.weight is not None and 0 < layer.weight < 100 for layer in found.layers)
+
+
+def test_layers_whose_results_several_read_in_float_have_a_row(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 16]})
+    made = b.op("Relu", b.op("MatMul", "x", b.weight("w", (16, 16), 16)))
+    source = zoo.loaded(b.model(b.op("Sub", b.op("Exp", made), b.op("ReduceMax", made, keepdims=1, axes=[1]))), tmp_path)
+    samples = zoo.images(8, (16,))
+    quantized = export_qdq(source.model, quantize(source, samples, Config(algorithm="mse", device="cpu")).table)
+    (layer,) = diagnose(source, quantized, samples).layers
+    assert layer.node == source.graph.weighted[0].name
+    assert layer.gain is not None
+    assert layer.gain > 40  # the only noise there is

@@ -8,7 +8,7 @@ with all activations, tell which of the two make the noise.
 """
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +110,7 @@ def diagnose(
     outputs = list(source.graph.outputs)
     origins = {name: node.input[0] for name, node in quantizers.items()}
     observed = list(dict.fromkeys([*outputs, *origins.values()]))
+    observed += _unseen(source, quantized, observed)
     made = [value for value in dict.fromkeys([*observed, *quantizers]) if value in source.graph.producer]
     passes = list(runtime.passes(runtime.exposing(source.model, made), samples.inputs))
     floats = runtime.together(passes) | dict(samples.inputs)
@@ -270,7 +271,13 @@ def _dequantized(quantized: onnx.ModelProto, names: Sequence[str]) -> dict[str, 
     return runtime.execute(runtime.exposing(part, names, Optimization.NONE), {}, names)
 
 
-def _measured_at(source: SourceModel, node: Node, added: Mapping[str, float]) -> str | None:
+def _unseen(source: SourceModel, quantized: onnx.ModelProto, observed: Sequence[str]) -> list[str]:
+    """The results of layers that no value on their way is compared for: they are read in float, by several."""
+    made = {value for node in quantized.graph.node for value in node.output}
+    return [node.outputs[0] for node in source.graph.weighted if _measured_at(source, node, observed) is None and node.outputs[0] in made]
+
+
+def _measured_at(source: SourceModel, node: Node, added: Container[str]) -> str | None:
     """The first value from a layer on, along its only reader, that is compared."""
     value = node.outputs[0]
     while value not in added:
