@@ -18,6 +18,7 @@ from toolchain.importing import cut_blocks
 from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable
 from toolchain.quant_table import quantize as encode
+from toolchain.samples import Samples
 from toolchain.sensitivity import sensitivity
 from toolchain.source import SourceModel, infer_types
 from toolchain.validation import sqnr
@@ -109,3 +110,24 @@ def test_a_model_that_shares_an_input_quantizer(tmp_path: Path) -> None:
     assert len(layers.layers) == 4
     assert all(np.isfinite([row.only_quantized, row.only_float]).all() for row in layers.layers)
     assert len({f.name for f in fits}) == len(fits)
+
+
+def test_samples_that_make_no_finite_values_are_said_and_judged_by_the_rest(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 16]})
+    first = b.op("Sqrt", b.op("MatMul", "x", b.constant("one", np.eye(16, dtype=np.float32))), name="root")
+    source = zoo.loaded(b.model(b.op("MatMul", first, b.weight("w", (16, 16), 16))), tmp_path)
+    good = Samples({"x": np.abs(zoo.images(8, (16,)).inputs["x"])})
+    bad = Samples({"x": good.inputs["x"].copy()})
+    bad.inputs["x"][0] = -1.0
+    config = Config(algorithm="mse", device="cpu")
+    found = quantize(source, good, config)
+    assert found.notes == ()
+    types = infer_types(source, good.shapes)
+    model = TorchModel.of(source, types, cut_blocks(source, types, found.islands, config), torch.device("cpu"))
+    fits = {f.name: f for f in fit.activation_fits(model, found.table, bad)}
+    assert sum(fits["root"].counts) == 7 * 16
+    assert np.isfinite(fits["root"].sqnr)
+    nowhere = fit.activation_fits(model, found.table, Samples({"x": -good.inputs["x"]}))
+    assert [f.name for f in nowhere] == ["x"]
+    (note,) = quantize(source, bad, config).notes
+    assert note == "no range was seen of 'root': never made, or not finite (NaN, infinite) on a calibration sample; float there"

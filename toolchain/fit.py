@@ -52,13 +52,15 @@ def weight_fits(source: SourceModel, table: QuantTable) -> tuple[GridFit, ...]:
 
 @torch.no_grad()
 def activation_fits(model: TorchModel, table: QuantTable, samples: Samples) -> tuple[GridFit, ...]:
-    """All activations of a table in the float model, over samples."""
+    """All activations of a table in the float model, over samples; of what is finite there, and none of values that are so nowhere."""
     fits: dict[str, GridFit] = {}
 
     def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
         grid = table.tensors.get(name)
         if grid is not None and grid.codes is None and grid.tied_to is None and name not in fits:
-            fits[name] = _activation_fit(name, grid, tensor)
+            finite = tensor[torch.isfinite(tensor)]
+            if finite.numel():
+                fits[name] = _activation_fit(name, grid, finite)
         return tensor
 
     stream = model.stream(samples.inputs)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from .activations import TorchModel
@@ -109,7 +109,8 @@ def quantize(
     else:
         found = calibrate(model, placement, few, config, progress)
         table, ranges = found.table, found.ranges
-    placement = without(placement, placement.activations.keys() - table.tensors.keys())
+    unseen = sorted(placement.activations.keys() - table.tensors.keys())
+    placement = without(placement, set(unseen))
     table = QuantTable(processes.first(dict(table.tensors)))
     laps.end("calibrate")
     if saved:
@@ -147,9 +148,22 @@ def quantize(
         laps.seconds,
         islands,
         processes.count,
-        (*([rewritten] if rewritten is not None else []), *(_learned_once(plan, table, source) if config.learns else ()), *room.notes),
+        (
+            *([rewritten] if rewritten is not None else []),
+            *_without_range(unseen),
+            *(_learned_once(plan, table, source) if config.learns else ()),
+            *room.notes,
+        ),
         ranges,
     )
+
+
+def _without_range(values: Sequence[str]) -> tuple[str, ...]:
+    """What is to be said of values that the calibration samples show no range of."""
+    if not values:
+        return ()
+    others = f" and {len(values) - 1} more" if len(values) > 1 else ""
+    return (f"no range was seen of {values[0]!r}{others}: never made, or not finite (NaN, infinite) on a calibration sample; float there",)
 
 
 def _learned_once(plan: Plan, table: QuantTable, source: SourceModel) -> tuple[str, ...]:
