@@ -205,6 +205,18 @@ def test_an_open_axis_need_not_fit_one_element(tmp_path: Path) -> None:
     assert all(layer.weight is not None and 0 < layer.weight < 100 for layer in found.layers)
 
 
+def test_values_beyond_the_ranges_ask_for_samples_not_bits() -> None:
+    """One sample that the calibration did not cover makes the noise: more bits would round it more finely, and clip it all the same."""
+    settings = {"weight-bits": 8, "activation-bits": 8}
+    far = [layer("a", input=5.0, weight=40.0, clipped=0.001, clip_noise=0.99), layer("b", input=30.0, weight=40.0)]
+    (text,) = suggestions(diagnosis(*far, settings=settings))
+    assert text.startswith("calibration samples that cover such as these: values beyond the calibrated ranges make 99 % of the noise")
+    assert "most at a (0.1 % of its input)" in text
+    near = [layer("a", input=20.0, weight=40.0, clipped=0.001, clip_noise=0.3), layer("b", input=20.0, weight=40.0)]
+    (text,) = suggestions(diagnosis(*near, settings=settings))
+    assert text.startswith("-p w8a16")
+
+
 def test_layers_whose_results_several_read_in_float_have_a_row(tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 16]})
     made = b.op("Relu", b.op("MatMul", "x", b.weight("w", (16, 16), 16)))

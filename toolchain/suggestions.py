@@ -9,6 +9,7 @@ from .scheme import TARGETS
 
 _WORTH_IT = 0.5  # dB of the output that a suggestion must gain
 _CLIPPED = 0.02  # share of an activation beyond its grid from which its range is questioned; ranges of least error clip some on purpose
+_UNCOVERED = 0.75  # share of the noise from which values beyond the ranges are the matter: ranges of least error at few bits stay below
 _DOMINANT = 0.25  # share of all added noise from which one layer counts as the culprit
 _NEXT_BITS = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}
 _MOST_OF_IT = 3.0  # dB that the output gains without something that makes half of its noise
@@ -24,8 +25,7 @@ def suggestions(found: Diagnosis) -> list[str]:
     texts = [
         *_learning(found),
         *_narrow_weights(found),
-        *_uneven_channels(found),
-        *_bits_of_all(found),
+        *(_uncovered(found) or [*_uneven_channels(found), *_bits_of_all(found)]),
         *_single_layers(found),
         *_ranges(found),
     ]
@@ -45,12 +45,12 @@ def _learning(found: Diagnosis) -> list[str]:
 def _bits_of_all(found: Diagnosis) -> list[str]:
     """Whether weights or activations are rounded more coarsely, and the next bits for those that are.
 
-    What each grid makes of its own values counts, not what the output gains when the others are float: in a file that was learned, weights
-    and biases make up for the rounding of activations, and the output gets worse without it.
+    What each grid makes of the values within it counts, not what the output gains when the others are float: in a file that was learned,
+    weights and biases make up for the rounding of activations, and the output gets worse without it.
     """
     noise = {
         "weight": sum(10 ** (-layer.weight / 10) for layer in found.layers if layer.weight is not None),
-        "activation": sum(10 ** (-layer.input / 10) for layer in found.layers if layer.input is not None),
+        "activation": sum(_input_noise(layer) * (1 - layer.clip_noise) for layer in found.layers),
     }
     kind, other = sorted(noise, key=lambda name: -noise[name])
     if noise[kind] < _APART * noise[other] or noise[kind] == 0:
@@ -86,12 +86,12 @@ def _narrow_weights(found: Diagnosis) -> list[str]:
 
 def _uneven_channels(found: Diagnosis) -> list[str]:
     """Equalization, where the inputs that layers take from normalizations make much of the noise."""
-    noise = [10 ** (-ratio / 10) for layer in found.layers for ratio in (layer.weight, layer.input) if ratio is not None]
-    part = sum(10 ** (-layer.input / 10) for layer in found.layers if layer.input is not None and layer.node in found.evenable)
-    if not noise or part < _DOMINANT * sum(noise):
+    noise = _noise(found)
+    part = sum(_input_noise(layer) for layer in found.layers if layer.node in found.evenable)
+    if part == 0 or part < _DOMINANT * noise:
         return []
     return [
-        f"mrecg-onnx equalize, and quantize what it writes: {100 * part / sum(noise):.0f} % of the rounding noise of the layers' weights "
+        f"mrecg-onnx equalize, and quantize what it writes: {100 * part / noise:.0f} % of the rounding noise of the layers' weights "
         "and inputs is that of inputs from normalizations, whose channels it evens out"
     ]
 
@@ -119,8 +119,32 @@ def _single_layers(found: Diagnosis) -> list[str]:
     return texts + [f"{flag(row.node)}: the output gains {row.gain:.1f} dB when this layer alone is float" for row in new]
 
 
+def _input_noise(layer: LayerError) -> float:
+    """The noise of a layer's input on its grid, relative to its signal."""
+    return 10 ** (-layer.input / 10) if layer.input is not None else 0.0
+
+
+def _noise(found: Diagnosis) -> float:
+    """That of the weights and inputs of all layers."""
+    return sum(10 ** (-layer.weight / 10) for layer in found.layers if layer.weight is not None) + sum(map(_input_noise, found.layers))
+
+
 def _part(layer: LayerError) -> str:
     return "its weight" if layer.weight is not None and (layer.input is None or layer.weight < layer.input) else "its input"
+
+
+def _uncovered(found: Diagnosis) -> list[str]:
+    """Calibration samples that cover such as these, where values beyond the ranges make most of the noise: a single sample can."""
+    noise = _noise(found)
+    beyond = sum(_input_noise(layer) * layer.clip_noise for layer in found.layers)
+    if beyond <= _UNCOVERED * noise:
+        return []
+    worst = max(found.layers, key=lambda layer: _input_noise(layer) * layer.clip_noise)
+    return [
+        f"calibration samples that cover such as these: values beyond the calibrated ranges make {100 * beyond / noise:.0f} % of the "
+        f"noise of the layers' weights and inputs, most at {worst.node} ({100 * worst.clipped:.1f} % of its input); a single sample can, "
+        "see whether it is one that the model is made for"
+    ]
 
 
 def _ranges(found: Diagnosis) -> list[str]:
