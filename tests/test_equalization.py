@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.diagnosis import diagnose
 from toolchain.equalization import Equalized, equalize
+from toolchain.errors import UsageError
 from toolchain.pipeline import quantize
 from toolchain.samples import Samples
 from toolchain.source import SourceModel
@@ -223,6 +225,21 @@ def test_weights_may_be_outside_of_the_file(tmp_path: Path, monkeypatch: pytest.
     assert written.with_name(f"{written.name}.data").is_file()
     wanted, got = (runtime.run(runtime.session(path), TOKENS.inputs) for path in (tmp_path / "net.onnx", written))
     assert all(sqnr(wanted[name], got[name]) > EQUAL for name in wanted)
+
+
+def test_a_model_that_was_rewritten_is_held_against_its_file(tmp_path: Path) -> None:
+    model = encoder(norm="decomposed")
+    model.opset_import[0].version = 12
+    source = zoo.loaded(model, tmp_path)
+    assert source.rewritten is not None
+    found = equalize(source, TOKENS, W8A8)
+    assert found.notes[-1].startswith(f"{source.rewritten}, and computes what the file says")
+
+
+def test_bits_that_meet_nothing_are_refused(tmp_path: Path) -> None:
+    source = zoo.loaded(encoder(), tmp_path)
+    with pytest.raises(UsageError, match="no quantizer meets"):
+        equalize(source, TOKENS, replace(W8A8, bits=("LayerNormalization=w8a8",)))
 
 
 def test_the_command_needs_samples(tmp_path: Path) -> None:

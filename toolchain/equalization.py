@@ -10,6 +10,7 @@ float32, that every other tool takes as any other.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -19,19 +20,20 @@ from onnx import helper, numpy_helper
 from . import runtime
 from .calibration import Histogram, calibrate_activation, calibrate_weight
 from .config import Config
+from .copies import insert_copies
 from .errors import ExportError
 from .graph import WEIGHT_INPUT, Node, channel_axis
 from .islands import find_islands
 from .placement import Placement, place
 from .progress import Progress
-from .quant_table import QuantSpec, TensorQuant, dequantize
+from .quant_table import Copy, QuantSpec, TensorQuant, dequantize
 from .quant_table import quantize as encode
+from .rewrite_check import check_rewritten, worst_output
 from .samples import Samples
 from .scheme import Scheme
-from .selection import match_nodes, own_precisions
+from .selection import check_own_precisions, match_nodes, own_precisions
 from .simulation import few_samples
 from .source import SourceModel, ValueTypes, infer_types
-from .validation import sqnr
 
 STRENGTHS = (0.25, 0.5, 0.75)
 _VECTORS, _OUTPUTS = 512, 256  # of each value, and of each layer, that errors are measured on
@@ -77,11 +79,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Equalized:
-    """The equal float model, what was chosen for each group, and how its outputs agree with the source's, in dB (infinite: exactly)."""
+    """The equal float model, what was chosen for each group, and how its outputs agree with the source's, in dB (infinite: exactly).
+
+    `notes` are those of the source, and how it agrees with its file where it was rewritten.
+    """
 
     model: onnx.ModelProto
     choices: tuple[Choice, ...]
     agreement: float
+    notes: tuple[str, ...] = ()
 
 
 def equalize(source: SourceModel, samples: Samples, config: Config, progress: Progress = lambda *_: None) -> Equalized:
@@ -94,24 +100,28 @@ def equalize(source: SourceModel, samples: Samples, config: Config, progress: Pr
         progress: called as the work proceeds.
 
     Raises:
-        UnsupportedModelError: ONNX Runtime cannot run the model on these samples.
+        UnsupportedModelError: ONNX Runtime cannot run the model on these samples, or what it was rewritten to computes something else.
         UsageError: a setting names what the model does not have.
         ExportError: the result is not equal to the source.
     """
+    rewritten = check_rewritten(source, samples)
     samples = samples.chosen(min(config.calibration_samples, config.range_samples), config.seed)
     types = infer_types(source, samples.shapes, samples.inputs)
     samples = samples.whole(types.batch)
     own, floats = own_precisions(source.graph, config.own_bits), match_nodes(source.graph, config.keep_float)
     placement = place(source, types, config.scheme, config.precision, floats, find_islands(source, types), own)
+    check_own_precisions(source.graph, config.own_bits, placement.met)
     choices = choose(source, placement, find_groups(source, types, placement, config.scheme), samples, progress)
     model = equalized(source, choices)
     helper.set_model_props(model, {entry.key: entry.value for entry in model.metadata_props} | {_MARK: config.label})
     few = few_samples(source, samples, _COMPARED)
-    wanted, found = (runtime.run(runtime.session(one), few.inputs) for one in (source.model, model))
-    agreement = min((sqnr(wanted[name], found[name]) for name in wanted), default=float("inf"))
+    agreement, output = worst_output(*(runtime.run(runtime.session(one), few.inputs) for one in (source.model, model)))
     if agreement < _LEAST and any(choice.changes for choice in choices):
-        raise ExportError(f"{source.path}: the equalized model agrees with it to {agreement:.1f} dB only, where {_LEAST:.0f} are expected")
-    return Equalized(model, choices, agreement)
+        raise ExportError(
+            f"{source.path}: output {output!r} of the equalized model agrees with it to {agreement:.1f} dB only, "
+            f"where {_LEAST:.0f} are expected"
+        )
+    return Equalized(model, choices, agreement, (*source.notes, *([rewritten] if rewritten is not None else [])))
 
 
 def evenable(source: SourceModel) -> tuple[str, ...]:
@@ -163,17 +173,22 @@ def equalized(source: SourceModel, choices: Sequence[Choice]) -> onnx.ModelProto
     model = onnx.ModelProto()
     model.CopyFrom(source.model)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    scaled: dict[str, Choice] = {}
     for choice in choices:
         if not choice.changes:
             continue
-        group = choice.group
-        for weight, axis in group.weights.items():
-            _set(tensors[weight], source.constants[weight] * _along(choice.factors, axis, source.constants[weight].ndim))
-        if group.folded:
-            for constant in group.folded:
-                _set(tensors[constant], source.constants[constant] / choice.factors.reshape(source.constants[constant].shape))
-        else:
-            _insert_copy(model.graph, group, choice.factors)
+        for weight, axis in choice.group.weights.items():
+            _set(tensors[weight], source.constants[weight] * np.expand_dims(choice.factors, 1 - axis))
+        for constant in choice.group.folded:
+            _set(tensors[constant], source.constants[constant] / choice.factors)
+        if not choice.group.folded:
+            scaled[f"{choice.group.value}_equalized"] = choice
+    insert_copies(model.graph, {name: Copy(choice.group.value, choice.group.readers) for name, choice in scaled.items()})
+    for node in model.graph.node:
+        if node.name in scaled and node.output[0] == node.name:
+            node.op_type = "Mul"
+            node.input.append(f"{node.name}_factors")
+            model.graph.initializer.append(numpy_helper.from_array(1 / scaled[node.name].factors, node.input[1]))
     return model
 
 
@@ -184,15 +199,15 @@ def _group(source: SourceModel, types: ValueTypes, placement: Placement, scheme:
         return None
     channels = source.constants[carriers[0]].size
     weights: dict[str, int] = {}
-    inside: set[str] = set()
+    layers: set[Node] = set()
     readers: list[str] = []
     for node in graph.readers_of(value):
         found = _reached(source, types, node, value, channels)
-        if found and found.keys() <= placement.weights.keys():
-            weights |= found
+        if found and all(layer.weight in placement.weights for layer in found):
+            weights |= {layer.weight: layer.axis for layer in found}
+            layers |= {layer.node for layer in found}
             readers.append(node.name)
-            inside |= _layers_of(source, node)
-    if not readers or any(node.name not in inside for weight in weights for node in graph.readers_of(weight)):
+    if not readers or any(node not in layers for weight in weights for node in graph.readers_of(weight)):
         return None
     others = [node.name for node in graph.readers_of(value) if node.name not in readers]
     alone = value not in graph.outputs and not others
@@ -202,20 +217,28 @@ def _group(source: SourceModel, types: ValueTypes, placement: Placement, scheme:
     return Group(value, tuple(readers), MappingProxyType(weights), carriers if own else ())
 
 
-def _reached(source: SourceModel, types: ValueTypes, node: Node, value: str, channels: int) -> dict[str, int]:
-    """The weights that a reader applies to a value's last axis, itself or behind rearrangements of the others; none where it does more."""
+class _Layer(NamedTuple):
+    """A weighted node, its weight, and the axis of that which it sums over."""
+
+    node: Node
+    weight: str
+    axis: int
+
+
+def _reached(source: SourceModel, types: ValueTypes, node: Node, value: str, channels: int) -> list[_Layer]:
+    """The layers that read a value's last axis: a reader, or those behind its rearrangement of other axes; none where it does more."""
     graph = source.graph
     if node.inputs.count(value) != 1 or node.inputs[0] != value:
-        return {}
+        return []
     weight = graph.weight(node)
     if weight is not None:
         axis = _summed_axis(source, node, weight)
-        return {weight: axis} if axis is not None and source.constants[weight].shape[axis] == channels else {}
+        return [_Layer(node, weight, axis)] if axis is not None and source.constants[weight].shape[axis] == channels else []
     moved = node.outputs[0] if node.outputs else ""
     if not _keeps_last_axis(source, types, node, channels) or moved in graph.outputs or not graph.readers_of(moved):
-        return {}
+        return []
     found = [_reached(source, types, reader, moved, channels) for reader in graph.readers_of(moved)]
-    return {weight: axis for some in found for weight, axis in some.items()} if all(found) else {}
+    return [layer for some in found for layer in some] if all(found) else []
 
 
 def _keeps_last_axis(source: SourceModel, types: ValueTypes, node: Node, channels: int) -> bool:
@@ -227,13 +250,6 @@ def _keeps_last_axis(source: SourceModel, types: ValueTypes, node: Node, channel
         return False
     order = next((list(a.ints) for a in source.node_protos[node.name].attribute if a.name == "perm"), [])
     return node.op_type != "Transpose" or (bool(order) and order[-1] == len(order) - 1)
-
-
-def _layers_of(source: SourceModel, node: Node) -> set[str]:
-    """The weighted node that a reader is, or those that it leads to as a rearrangement."""
-    if source.graph.weight(node) is not None:
-        return {node.name}
-    return {name for reader in source.graph.readers_of(node.outputs[0]) for name in _layers_of(source, reader)}
 
 
 def _origin(source: SourceModel, value: str) -> str:
@@ -320,7 +336,7 @@ def _choice(source: SourceModel, placement: Placement, group: Group, largest: np
         read = _on_grid(vectors / divided, placement.activations[group.value])
         error = 0.0
         for name, axis in group.weights.items():
-            scaled = weights[name] * _along(divided, axis, 2)
+            scaled = weights[name] * np.expand_dims(divided, 1 - axis)
             rounded = _rounded(scaled, calibrate_weight(scaled, placement.weights[name], "mse", 100.0))
             error += float(np.square(read @ np.moveaxis(rounded, axis, 0) - exact[name], dtype=np.float64).sum())
         errors[strength] = error / energy if energy else 0.0
@@ -354,26 +370,5 @@ def _rounded(values: np.ndarray, grid: TensorQuant) -> np.ndarray:
     return dequantize(encode(values, grid), grid)
 
 
-def _along(factors: np.ndarray, axis: int, rank: int) -> np.ndarray:
-    """Factors [C], shaped to broadcast along an axis."""
-    return factors.reshape([-1 if position == axis else 1 for position in range(rank)])
-
-
 def _set(tensor: onnx.TensorProto, array: np.ndarray) -> None:
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array, np.float32), tensor.name))
-
-
-def _insert_copy(graph: onnx.GraphProto, group: Group, factors: np.ndarray) -> None:
-    """Put a Mul behind the node that makes the value, and let the readers of the group read its result."""
-    copy = f"{group.value}_equalized"
-    graph.initializer.append(numpy_helper.from_array((1 / factors).astype(np.float32), f"{copy}_factors"))
-    nodes = []
-    for node in graph.node:
-        if node.name in group.readers:
-            node.input[0] = copy
-        nodes.append(node)
-        if group.value in node.output:
-            nodes.append(helper.make_node("Mul", [group.value, f"{copy}_factors"], [copy], copy))
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
 
 from .activations import TorchModel
@@ -26,7 +26,7 @@ from .samples import Samples
 from .selection import match_nodes, own_precisions
 from .source import SourceModel, infer_types
 from .survey import expected_memory, pass_size, survey
-from .unit import UnitResult
+from .unit import UnitResult, learned_weights
 from .units import reconstruct
 
 _CALIBRATED = "calibrated"
@@ -151,7 +151,7 @@ def quantize(
         (
             *([rewritten] if rewritten is not None else []),
             *_without_range(unseen),
-            *(_learned_once(plan, table, source) if config.learns else ()),
+            *(_learned_once(units, table) if config.learns else ()),
             *room.notes,
         ),
         ranges,
@@ -162,23 +162,26 @@ def _without_range(values: Sequence[str]) -> tuple[str, ...]:
     """What is to be said of values that the calibration samples show no range of."""
     if not values:
         return ()
-    others = f" and {len(values) - 1} more" if len(values) > 1 else ""
-    return (f"no range was seen of {values[0]!r}{others}: never made, or not finite (NaN, infinite) on a calibration sample; float there",)
+    why = "never made, or not finite (NaN, infinite) on a calibration sample; float there"
+    return (f"no range was seen of {values[0]!r}{_others(values)}: {why}",)
 
 
-def _learned_once(plan: Plan, table: QuantTable, source: SourceModel) -> tuple[str, ...]:
+def _learned_once(units: TorchModel, table: QuantTable) -> tuple[str, ...]:
     """What is to be said of weights that layers of several units read: their rounding is learned with the first alone."""
     read: dict[str, list[str]] = {}
-    for unit in plan.units:
-        weights = {source.graph.weight(node) for node in unit.nodes} & table.tensors.keys()
-        for weight in sorted(name for name in weights if name is not None):
-            read.setdefault(weight, []).append(unit.name)
+    for piece in units.pieces:
+        for weight in learned_weights(piece, table):
+            read.setdefault(weight, []).append(piece.block.name)
     shared = {weight: units for weight, units in read.items() if len(units) > 1}
     if not shared:
         return ()
-    weight, units = next(iter(shared.items()))
-    others = f" and {len(shared) - 1} more" if len(shared) > 1 else ""
-    return (f"weights of several units are learned with the first that reads them: {weight!r} with {units[0]}, not {units[1]}{others}",)
+    weight, (first, second, *_) = next(iter(shared.items()))
+    return (f"weights of several units are learned with the first that reads them: {weight!r} with {first}, not {second}{_others(shared)}",)
+
+
+def _others(named: Sized) -> str:
+    """How many there are beside the one that is named."""
+    return f" and {len(named) - 1} more" if len(named) > 1 else ""
 
 
 class _Laps:

@@ -24,8 +24,8 @@ def check_rewritten(source: SourceModel, samples: Samples) -> str | None:
     few = few_samples(source, samples, _SAMPLES)
     session = runtime.session(source.path)
     wanted, found = (runtime.run(s, few.inputs) for s in (session, runtime.session(source.model)))
-    ratio, worst = _worst(wanted, found)
-    if ratio < LEAST and _worst(wanted, runtime.run(session, few.inputs))[0] < LEAST:
+    ratio, worst = worst_output(wanted, found)
+    if ratio < LEAST and worst_output(wanted, runtime.run(session, few.inputs))[0] < LEAST:
         return f"{source.rewritten}; whether it computes what the file says was not compared: the file itself gives other results each time"
     if ratio < LEAST:
         raise UnsupportedModelError(
@@ -36,6 +36,6 @@ def check_rewritten(source: SourceModel, samples: Samples) -> str | None:
     return f"{source.rewritten}, and computes what the file says {agreement} on {few.count} samples"
 
 
-def _worst(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[float, str]:
+def worst_output(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[float, str]:
     """The output that agrees least, in dB; infinite where all agree exactly."""
     return min(((sqnr(wanted[name], found[name]), name) for name in wanted), default=(float("inf"), ""))

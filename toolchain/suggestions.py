@@ -49,8 +49,8 @@ def _bits_of_all(found: Diagnosis) -> list[str]:
     weights and biases make up for the rounding of activations, and the output gets worse without it.
     """
     noise = {
-        "weight": sum(10 ** (-layer.weight / 10) for layer in found.layers if layer.weight is not None),
-        "activation": sum(_input_noise(layer) * (1 - layer.clip_noise) for layer in found.layers),
+        "weight": sum(_power(layer.weight) for layer in found.layers),
+        "activation": sum(_power(layer.input) * (1 - layer.clip_noise) for layer in found.layers),
     }
     kind, other = sorted(noise, key=lambda name: -noise[name])
     if noise[kind] < _APART * noise[other] or noise[kind] == 0:
@@ -87,7 +87,7 @@ def _narrow_weights(found: Diagnosis) -> list[str]:
 def _uneven_channels(found: Diagnosis) -> list[str]:
     """Equalization, where the inputs that layers take from normalizations make much of the noise."""
     noise = _noise(found)
-    part = sum(_input_noise(layer) for layer in found.layers if layer.node in found.evenable)
+    part = sum(_power(layer.input) for layer in found.layers if layer.node in found.evenable)
     if part == 0 or part < _DOMINANT * noise:
         return []
     return [
@@ -119,14 +119,14 @@ def _single_layers(found: Diagnosis) -> list[str]:
     return texts + [f"{flag(row.node)}: the output gains {row.gain:.1f} dB when this layer alone is float" for row in new]
 
 
-def _input_noise(layer: LayerError) -> float:
-    """The noise of a layer's input on its grid, relative to its signal."""
-    return 10 ** (-layer.input / 10) if layer.input is not None else 0.0
+def _power(ratio: float | None) -> float:
+    """The noise of what is on a grid, relative to its signal, from the ratio in dB; none of what is float."""
+    return 10 ** (-ratio / 10) if ratio is not None else 0.0
 
 
 def _noise(found: Diagnosis) -> float:
     """That of the weights and inputs of all layers."""
-    return sum(10 ** (-layer.weight / 10) for layer in found.layers if layer.weight is not None) + sum(map(_input_noise, found.layers))
+    return sum(_power(layer.weight) + _power(layer.input) for layer in found.layers)
 
 
 def _part(layer: LayerError) -> str:
@@ -136,10 +136,10 @@ def _part(layer: LayerError) -> str:
 def _uncovered(found: Diagnosis) -> list[str]:
     """Calibration samples that cover such as these, where values beyond the ranges make most of the noise: a single sample can."""
     noise = _noise(found)
-    beyond = sum(_input_noise(layer) * layer.clip_noise for layer in found.layers)
+    beyond = sum(_power(layer.input) * layer.clip_noise for layer in found.layers)
     if beyond <= _UNCOVERED * noise:
         return []
-    worst = max(found.layers, key=lambda layer: _input_noise(layer) * layer.clip_noise)
+    worst = max(found.layers, key=lambda layer: _power(layer.input) * layer.clip_noise)
     return [
         f"calibration samples that cover such as these: values beyond the calibrated ranges make {100 * beyond / noise:.0f} % of the "
         f"noise of the layers' weights and inputs, most at {worst.node} ({100 * worst.clipped:.1f} % of its input); a single sample can, "

@@ -180,7 +180,7 @@ def equalization_table(facts: dict[str, Any]) -> Group:
         copies = sum(row["strength"] > 0 and not row["folded"] for row in facts["values"])
         said = f"{changed} of {len(facts['values'])} values equalized" + (f", {copies} of them by a Mul" if copies else "")
     agreement = f"; its outputs are the float model's: {decibel(facts['agreement'])}" if changed else ""
-    lines = [("equal", escape(said + agreement)), ("wrote", escape(facts["output"]))]
+    lines = [("equal", escape(said + agreement)), *(("note", escape(note)) for note in facts["notes"]), ("wrote", escape(facts["output"]))]
     if changed:
         lines.append(("next", escape(f"mrecg-onnx quantize {shlex.quote(facts['output'])} -p {facts['precision']} --calibration-data ...")))
     return Group(*([table] if facts["values"] else []), _facts(lines))

@@ -73,6 +73,7 @@ def equalize(
                 "output": str(output),
                 "precision": config.label,
                 "agreement": found.agreement,
+                "notes": list(found.notes),
                 "values": [
                     {
                         "value": choice.group.value,
