@@ -109,6 +109,13 @@ def diagnosis(*layers: LayerError, **facts: Any) -> Diagnosis:
     return replace(found, **facts)
 
 
+def test_outputs_without_noise_gain_nothing() -> None:
+    eight = {"weight-bits": 8, "activation-bits": 8, "target": "ort-cpu"}
+    found = diagnosis(layer("a"), outputs={"y": np.inf}, float_weights=np.inf, float_activations=np.inf, settings=eight)
+    assert found.gain_of_float_weights == found.gain_of_float_activations == 0.0
+    assert not any("reduce-range" in text or "nan" in text for text in suggestions(found))
+
+
 def test_suggestions_are_flags_with_their_reasons() -> None:
     """Each follows from what was measured and from how the file was made."""
     coarse = [layer("a", input=10.0), layer("b", input=12.0)]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -146,6 +147,20 @@ def test_report_names_nodes_operators_reasons_and_weights(tmp_path: Path) -> Non
     rows = island_rows(source, [row.block for row in quantized.plan.rows], quantized.islands)
     assert [(row.operators, row.reasons, row.weights) for row in rows] == [(("If",), ("If is control flow",), 64)]
     assert island_lines([{**vars(row)} for row in rows]) == [f"1 node, with 64 weights: If is control flow ({rows[0].block})"]
+
+
+def test_weights_that_islands_share_are_held_by_the_first(tmp_path: Path) -> None:
+    """Two RNN of a kind that torch does not run, with the same weights."""
+    b = zoo.Builder({"x": [4, "N", 48]})
+    weights = [b.weight(f"w{size}", (1, 32, size), size) for size in (48, 32)]
+    kind: dict[str, Any] = {"hidden_size": 32, "activations": ["Affine"], "activation_alpha": [0.5], "activation_beta": [0.1]}
+    first, second = (b.op("RNN", x, *weights, **kind) for x in ("x", b.op("Neg", "x")))
+    source = zoo.loaded(b.model(b.op("Add", first, second)), tmp_path)
+    types = infer_types(source, {"x": (4, 2, 48)})
+    reasons = find_islands(source, types)
+    rows = island_rows(source, cut_blocks(source, types, reasons, Config()), reasons)
+    assert {name for row in rows for name in row.nodes} >= {source.graph.producer[name].name for name in (first, second)}
+    assert sum(row.weights for row in rows) == 32 * 48 + 32 * 32
 
 
 def test_a_wrong_converter_falls_back_to_an_island(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

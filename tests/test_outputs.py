@@ -1,15 +1,22 @@
 """Outputs that are no plain float arrays: infinite numbers, strings, sequences, maps from class to score, constants."""
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 import torch
 from matplotlib.axes import Axes
 
+from tests import zoo
 from toolchain import kernels, runtime
 from toolchain.import_check import difference
 from toolchain.plot import picture
+from toolchain.report import validation_report
 from toolchain.run_folder import digest
-from toolchain.validation import class_output, parity, sqnr
+from toolchain.samples import Samples
+from toolchain.validation import class_output, parity, sqnr, validate
+from toolchain.wording import headline
 
 INF = np.inf
 
@@ -55,6 +62,20 @@ def test_descriptions_of_pictures_are_taken_literally() -> None:
 
     drawn = picture("figure", r"the error of \1 and \g<name>", line)
     assert r'aria-label="the error of \1 and \g&lt;name&gt;"' in drawn
+
+
+def test_samples_without_a_result_are_counted(tmp_path: Path) -> None:
+    """The logarithm of a negative number is NaN in both models, which would count as agreement."""
+    b = zoo.Builder({"x": ["N", 4]})
+    path = tmp_path / "model.onnx"
+    onnx.save(b.model(b.op("Log", "x")), path)
+    inputs = np.ones((5, 4), np.float32)
+    inputs[[1, 3], 2] = -1
+    checked = validate(path, path, Samples({"x": inputs}), float_bytes=1)
+    assert checked.nan_samples == 2
+    facts = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": {"target": "ort-cpu"}}
+    line = dict(headline(facts | {"coverage": {"weights_quantized": 0}}))
+    assert line["accuracy"].endswith("; 5 samples of data, of which the float model makes NaN on 2")
 
 
 def test_signal_to_noise_of_what_is_no_number() -> None:

@@ -84,6 +84,16 @@ class Diagnosis:
     settings: Mapping[str, Any]
     evenable: tuple[str, ...] = ()
 
+    @property
+    def gain_of_float_weights(self) -> float:
+        """What the worst output gains, in dB, when all weights are float."""
+        return gained(self.float_weights, min(self.outputs.values(), default=float("inf")))
+
+    @property
+    def gain_of_float_activations(self) -> float:
+        """What the worst output gains, in dB, when all activations are float."""
+        return gained(self.float_activations, min(self.outputs.values(), default=float("inf")))
+
 
 def diagnose(
     source: SourceModel,
@@ -128,7 +138,7 @@ def diagnose(
         return float(min((sqnr(floats[name], found[name]) for name in finals), default=worst))
 
     def gain_of(names: Sequence[str]) -> float:
-        return output_of(_with_float_layers(source, quantized, quantizers, names)) - worst
+        return gained(output_of(_with_float_layers(source, quantized, quantizers, names)), worst)
 
     for position, layer in enumerate(layers[:tried]):
         layers[position] = replace(layer, gain=gain_of([layer.node]))
@@ -144,6 +154,11 @@ def diagnose(
         _settings(quantized),
         candidates,
     )
+
+
+def gained(after: float, before: float) -> float:
+    """What an output gains from one ratio to another, in dB; nothing where it had no noise before."""
+    return after - before if before != float("inf") else 0.0
 
 
 def _copies(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, Copy]:

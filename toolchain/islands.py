@@ -105,12 +105,14 @@ def find_islands(source: SourceModel, types: ValueTypes) -> dict[str, str]:
 
 
 def island_rows(source: SourceModel, blocks: Iterable[Block], reasons: Mapping[str, str]) -> tuple[IslandRow, ...]:
-    """What a report says of the islands among the blocks."""
-    rows = []
+    """What a report says of the islands among the blocks. Weights that several share are held by the first."""
+    rows, counted = [], set[str]()
     for block in blocks:
         if block.is_island:
             why = tuple(dict.fromkeys(reasons[node.name] for node in block.nodes if node.name in reasons))
-            held = sum(_weights_of(source, node) for node in block.nodes)
+            own = {name for node in block.nodes for name in source.weights_of(node) if name != source.graph.bias(node)} - counted
+            held = sum(source.constants[name].size for name in own) + sum(held_weights(source, node) for node in block.nodes)
+            counted |= own
             kinds = tuple(dict.fromkeys(node.op_type for node in block.nodes))
             rows.append(IslandRow(block.name, tuple(node.name for node in block.nodes), kinds, why, held))
     return tuple(rows)
@@ -158,11 +160,6 @@ def _foreign(graph: Graph, types: ValueTypes, node: Node) -> str | None:
             kind = types.dtypes.get(value)
             return f"{node.op_type} works on {TensorProto.DataType.Name(kind).lower() if kind else 'unknown'} tensors"
     return None
-
-
-def _weights_of(source: SourceModel, node: Node) -> int:
-    bias = source.graph.bias(node)
-    return held_weights(source, node) + sum(source.constants[name].size for name in source.weights_of(node) if name != bias)
 
 
 def _inner_weights(graph: onnx.GraphProto) -> int:

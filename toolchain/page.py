@@ -9,7 +9,21 @@ from . import figures
 from .block_picture import block_picture
 from .capacity import oscillation
 from .document import details, document, multiples, section, table
-from .wording import coverage_line, decibel, duration, faster, figure, island_lines, kind, magnitude, ranges_line, size, smaller, worst_sqnr
+from .wording import (
+    counted,
+    coverage_line,
+    decibel,
+    duration,
+    faster,
+    figure,
+    island_lines,
+    kind,
+    magnitude,
+    ranges_line,
+    size,
+    smaller,
+    worst_sqnr,
+)
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
 _CURVE_KEYS = (("--orange", "reconstruction loss"), ("--blue", "rounding regulariser"), ("--muted", "its exponent"), ("--green", "decided"))
@@ -95,7 +109,9 @@ def _cards(report: dict[str, Any]) -> str:
             )
         )
         low, high = v["intervals"]["drop"]
-        cards.append(("change", f"{-v['drop']:+.2f} points", f"95 %: {-high:+.2f} to {-low:+.2f}, paired over {v['samples']:,} samples"))
+        cards.append(
+            ("change", f"{-v['drop']:+.2f} points", f"95 %: {-high:+.2f} to {-low:+.2f}, paired over {counted(v['samples'], 'sample')}")
+        )
     if v["agreement"] is not None:
         low, high = v["intervals"]["agreement"]
         cards.append(("same prediction as float", f"{v['agreement']:.2f} %", f"95 %: {low:.1f} to {high:.1f}"))
@@ -201,9 +217,9 @@ def _sensitivity(found: dict[str, Any]) -> str:
     if not found["layers"]:
         return ""
     text = (
-        f"Signal to noise of the output over {found['samples']} samples. A layer with a low blue dot hurts by itself; one whose orange dot "
-        "is far to the right of the line is worth keeping float or giving more bits; left of the line, what follows has learned to "
-        "make up for it. A layer is its weight, its bias and its input."
+        f"Signal to noise of the output over {counted(found['samples'], 'sample')}. A layer with a low blue dot hurts by itself; one whose "
+        "orange dot is far to the right of the line is worth keeping float or giving more bits; left of the line, what follows has "
+        "learned to make up for it. A layer is its weight, its bias and its input."
     )
     rows = [
         (row["node"], f"{row['weight_bits']}/{row['input_bits'] or 'float'}", decibel(row["only_quantized"]), decibel(row["only_float"]))
@@ -284,7 +300,8 @@ def _run(report: dict[str, Any]) -> str:
         ("precision", report["conventions"]["precision"]),
         (
             "calibration",
-            f"{report['calibration']['samples']} samples; import to torch differs by {report['calibration']['import_error']:.1e} at most",
+            f"{counted(report['calibration']['samples'], 'sample')}; "
+            f"import to torch differs by {report['calibration']['import_error']:.1e} at most",
         ),
         *([("activation ranges", ranges_line(report["calibration"]["ranges"]))] if report["calibration"]["ranges"] else []),
         *(("note", note) for note in model["notes"]),

@@ -8,6 +8,7 @@ from .samples import Samples
 from .simulation import few_samples
 from .source import SourceModel
 from .validation import sqnr
+from .wording import counted
 
 LEAST = 40.0  # dB: float32 sums in another order stay far above, other coordinates, axes or modes far below
 _SAMPLES = 4
@@ -30,10 +31,10 @@ def check_rewritten(source: SourceModel, samples: Samples) -> str | None:
     if ratio < LEAST:
         raise UnsupportedModelError(
             f"{source.path}: {source.rewritten}, and then computes something else: its output {worst!r} agrees with the file's to "
-            f"{ratio:.1f} dB on {few.count} samples; export the model again in opset 13 or newer, in float32"
+            f"{ratio:.1f} dB on {counted(few.count, 'sample')}; export the model again in opset 13 or newer, in float32"
         )
     agreement = "exactly" if np.isinf(ratio) else f"to {ratio:.0f} dB"
-    return f"{source.rewritten}, and computes what the file says {agreement} on {few.count} samples"
+    return f"{source.rewritten}, and computes what the file says {agreement} on {counted(few.count, 'sample')}"
 
 
 def worst_output(wanted: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[float, str]:

@@ -58,7 +58,7 @@ def _bits_of_all(found: Diagnosis) -> list[str]:
     share = noise[kind] / sum(noise.values())
     part = f"{100 * share:.0f} %" if share < 0.99 else "nearly all"
     said = f"{part} of the rounding noise of the layers' weights and inputs is that of the {'weights' if kind == 'weight' else 'inputs'}"
-    gain = (found.float_weights if kind == "weight" else found.float_activations) - min(found.outputs.values(), default=float("inf"))
+    gain = found.gain_of_float_weights if kind == "weight" else found.gain_of_float_activations
     if gain >= _WORTH_IT:
         said += f"; the output gains {gain:.1f} dB when all {kind}s are float"
     bits: dict[str, Any] = {name: found.settings.get(f"{name}-bits") for name in noise}
@@ -75,7 +75,7 @@ def _narrow_weights(found: Diagnosis) -> list[str]:
     settings = found.settings
     target = TARGETS.get(settings.get("target", "ort-cpu"))
     is_narrow = settings.get("reduce-range", target is not None and target.reduce_range)
-    gain = found.float_weights - min(found.outputs.values(), default=float("inf"))
+    gain = found.gain_of_float_weights
     if not is_narrow or settings.get("weight-bits") != 8 or settings.get("activation-bits") != 8 or gain < _MOST_OF_IT:
         return []
     return [

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from .wording import (
     behind,
+    counted,
     coverage_line,
     decibel,
     duration,
@@ -141,7 +142,9 @@ def diagnosis_table(facts: dict[str, Any], most: int | None, width: int) -> Grou
     """The layers that add most noise, and what to try; `most` rows, None for all. A narrow terminal shows fewer figures of each."""
     outputs = ", ".join(f"{name} {decibel(value)}" for name, value in facts["outputs"].items())
     columns = ("added", "total", *(() if width < _NARROW else ("weight", "input")), "gain")
-    table = _table(f"Noise by layer, {facts['samples']} samples; outputs: {outputs}", *(f"{column}>" for column in columns), "layer")
+    table = _table(
+        f"Noise by layer, {counted(facts['samples'], 'sample')}; outputs: {outputs}", *(f"{column}>" for column in columns), "layer"
+    )
     for layer in facts["layers"][:most]:
         gain = layer["gain"]
         cells = {
@@ -222,7 +225,7 @@ def study_findings(findings: dict[str, dict[str, Any]]) -> Table:
 
 def validation_table(v: dict[str, Any]) -> Table:
     """Float beside quantized, as ONNX Runtime executes them."""
-    table = _table(f"{v['provider']}, {v['samples']} samples of {v['evaluated_on']}", "", "float>", "quantized>", ">")
+    table = _table(f"{v['provider']}, {counted(v['samples'], 'sample')} of {v['evaluated_on']}", "", "float>", "quantized>", ">")
     for key in ("top1", "top5"):
         if v[f"{key}_float"] is not None:
             a, b = v[f"{key}_float"], v[f"{key}_quantized"]

@@ -52,6 +52,7 @@ class ValidationReport:
     `simulation` compares the deployed file with the torch simulation and `unfused` with its own unoptimised execution, through the whole
     network; `integer_arithmetic` does so operator by operator, and `simulated_arithmetic` compares the file as it is written with the
     simulation on every value. `lost` counts the samples that only the float model gets right, `won` those that only the quantized one does.
+    `nan_samples` counts those on which an output of the float model has a NaN, which says nothing of the quantized one.
     `outcomes` keeps for each sample (see `outcomes`) whether the quantized model's class is the label, or the float model's without labels.
     """
 
@@ -76,6 +77,7 @@ class ValidationReport:
     kernels: Mapping[str, int]
     float_operators: tuple[FloatOperator, ...] = ()
     outcomes: str | None = None
+    nan_samples: int = 0
 
     @property
     def drop(self) -> float | None:
@@ -166,12 +168,22 @@ def validate(
         kernels=dict(sorted(Counter(node.op_type for node in executed.node).items())),
         float_operators=float_operators(executed),
         outcomes=pack(counted) if counted is not None else None,
+        nan_samples=_nan_samples(reference, samples.count),
     )
 
 
 def float_outputs(model: onnx.ModelProto | Path, samples: Samples, device: str = "auto") -> dict[str, np.ndarray]:
     """The graph outputs of a float model over samples, for several `validate` to share."""
     return runtime.run(runtime.session(model, runtime.pick_provider(device)), samples.inputs)
+
+
+def _nan_samples(outputs: Mapping[str, np.ndarray], count: int) -> int:
+    """Samples on which an output has a NaN; all of them where an output that does not count samples has one."""
+    found = np.zeros(count, bool)
+    for array in outputs.values():
+        if array.dtype.kind == "f" and (is_nan := np.isnan(array)).any():
+            found |= is_nan.reshape(count, -1).any(axis=1) if array.shape[:1] == (count,) else True
+    return int(found.sum())
 
 
 def class_output(outputs: Mapping[str, np.ndarray], count: int) -> str | None:

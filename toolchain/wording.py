@@ -13,6 +13,11 @@ def size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
+def counted(count: int, thing: str) -> str:
+    """So many of a thing."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def magnitude(count: float) -> str:
     """A large number in three digits, as 36.1k or 9.44M."""
     for power, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -70,10 +75,10 @@ def island_lines(islands: list[dict[str, Any]]) -> list[str]:
     lines = []
     for reason, rows in why.items():
         count, weights = sum(len(row["nodes"]) for row in rows), sum(row["weights"] for row in rows)
-        held = f", with {weights:,} weights" if weights else ""
+        held = f", with {counted(weights, 'weight')}" if weights else ""
         blocks = [row["block"] for row in rows]
         named = ", ".join(blocks if len(blocks) <= _MOST_BLOCKS else [*blocks[:_MOST_BLOCKS], f"and {len(blocks) - _MOST_BLOCKS} more"])
-        lines.append(f"{count} {'node' if count == 1 else 'nodes'}{held}: {reason} ({named})")
+        lines.append(f"{counted(count, 'node')}{held}: {reason} ({named})")
     return lines
 
 
@@ -107,7 +112,7 @@ def steps(count: float | None) -> str:
     """A difference in steps of a grid; None stands for infinite, or for no number."""
     if count is None:
         return "infinitely many steps"
-    return f"{count:.0f} step{'' if round(count) == 1 else 's'}"
+    return counted(round(count), "step")
 
 
 def coverage_line(cover: dict[str, Any]) -> str:
@@ -152,14 +157,15 @@ def _accuracy(v: dict[str, Any]) -> str:
     if v["agreement"] is not None:
         parts.append(f"{v['agreement']:.2f} % the same prediction as float")
     parts.append(f"SQNR {decibel(worst_sqnr(v))}")
-    return f"{'; '.join(parts)}; {v['samples']} samples of {v['evaluated_on']}"
+    nowhere = f", of which the float model makes NaN on {v['nan_samples']:,}" if v.get("nan_samples") else ""
+    return f"{'; '.join(parts)}; {counted(v['samples'], 'sample')} of {v['evaluated_on']}{nowhere}"
 
 
 def _speed(v: dict[str, Any], target: str, cover: dict[str, Any]) -> str:
     latency = v["latency"]
     floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
     count = v["integer_operators"]
-    kernels = f"{count} integer {'kernel' if count == 1 else 'kernels'}, {floats + ' in float' if floats else 'no layer in float'}"
+    kernels = f"{counted(count, 'integer kernel')}, {floats + ' in float' if floats else 'no layer in float'}"
     is_other = target in _OTHER_RUNTIMES or (target == "ort-cuda" and v["provider"] == "CPUExecutionProvider")
     elsewhere = f"; measured here under ONNX Runtime, which says nothing of {target}" if is_other else ""
     is_unpacked = latency["quantized_ms"] > latency["float_ms"] and cover.get("stored_quantized", 0) > cover["weights_quantized"]
