@@ -1,5 +1,6 @@
 """A model imported to torch block by block, and the activations of a stream (float or quantized) that are moved through it."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -19,7 +20,8 @@ from .quant_table import QuantTable, TensorQuant
 from .source import SourceModel, ValueTypes
 from .torch_import import TorchBlock, import_block
 
-CHUNK = 64  # samples per forward pass
+LARGEST_CHUNK = 64  # samples per forward pass at most,
+_LARGEST = 1 << 25  # and floats of the largest value in it
 
 Observer = Callable[[str, torch.Tensor], torch.Tensor]
 Piece = TorchBlock | Island
@@ -110,23 +112,26 @@ class Collector:
 class TorchModel:
     """The pieces of a model (blocks or units, and the islands between them) in execution order, on one device.
 
-    `size` is the number of samples in a forward pass, `room` where values of all samples are kept, `float_type` what floats are kept as.
+    `size` is the number of samples in a forward pass (see `chunk`), `room` where values of all samples are kept, `float_type` what floats
+    are kept as.
     """
 
     source: SourceModel
     types: ValueTypes
     device: torch.device
     pieces: tuple[Piece, ...]
-    size: int = CHUNK
+    size: int
     room: Room = field(default_factory=Room)
     float_type: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, source: SourceModel, types: ValueTypes, blocks: Sequence[Block], device: torch.device, size: int = CHUNK) -> "TorchModel":
+    def of(
+        cls, source: SourceModel, types: ValueTypes, blocks: Sequence[Block], device: torch.device, size: int | None = None
+    ) -> "TorchModel":
         pieces = tuple(
             Island(block, source, types, device) if block.is_island else import_block(source, types, block).to(device) for block in blocks
         )
-        return cls(source, types, device, pieces, types.batch or size)
+        return cls(source, types, device, pieces, types.batch or size or chunk(types))
 
     def constants(self, piece: Piece, table: QuantTable | None = None) -> dict[str, torch.Tensor]:
         """A piece's weights and biases: the float ones, or (with a table) what their codes stand for."""
@@ -182,6 +187,12 @@ class ActivationCache:
         dead, *self._dead_after = self._dead_after
         for name in dead:
             self._values.pop(name, None)
+
+
+def chunk(types: ValueTypes) -> int:
+    """Samples in a forward pass: as many as keep a processor busy, and no more than the caches and the memory take well."""
+    largest = max((math.prod(types.shapes[name]) for name in types.stacked if name in types.shapes), default=1)
+    return min(max(_LARGEST // max(largest, 1), 1), LARGEST_CHUNK)
 
 
 def observed(name: str, value: Value, observe: Observer) -> Value:

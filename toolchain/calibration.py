@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .fake_quant import nearest_codes
+from .fake_quant import Tiles, dense, nearest_codes
 from .quant_table import QuantSpec, TensorQuant
 
 NORM = 2.4  # BRECQ, QDrop and MQBench search scales under the L2.4 norm of the rounding error
@@ -37,9 +37,12 @@ class Histogram:
         low, high = (float(v) for v in torch.aminmax(tensor))
         largest = max(abs(low), abs(high), _SMALLEST_SCALE)
         exponent = int(np.frexp(largest)[1]) - int(np.log2(_BINS // 2))  # largest < 2^(exponent) * BINS/2
-        index = torch.floor(tensor.reshape(-1) * 2.0**-exponent).to(torch.int32).add_(_BINS // 2).clamp_(0, _BINS - 1)
-        counts = torch.bincount(index, minlength=_BINS).cpu().numpy().astype(np.int64)
-        return cls(low, high, exponent, counts)
+        tensor = dense(tensor)
+        counts = torch.zeros(_BINS, dtype=torch.int64, device=tensor.device)
+        for (tile,) in Tiles(tensor).of(tensor):
+            index = tile.mul(2.0**-exponent).floor_().to(torch.int32).add_(_BINS // 2).clamp_(0, _BINS - 1)
+            counts += torch.bincount(index, minlength=_BINS)
+        return cls(low, high, exponent, counts.cpu().numpy())
 
     def merged(self, other: "Histogram") -> "Histogram":
         exponent = max(self.exponent, other.exponent)

@@ -2,7 +2,7 @@
 
 import torch
 
-from .activations import CHUNK, TorchModel
+from .activations import TorchModel
 from .config import Config
 from .device import full_float32
 from .fit import GridFit, activation_fits, weight_fits
@@ -32,7 +32,7 @@ def examine(
     source = source.with_copies(table.copies)
     types = infer_types(source, few.shapes, few.inputs)
     device = torch.device(quantized.device)
-    model = TorchModel.of(source, types, cut_blocks(source, types, quantized.islands, Config()), device, max(few.count, CHUNK))
+    model = TorchModel.of(source, types, cut_blocks(source, types, quantized.islands, Config()), device, few.count)
     fits = (*weight_fits(source, table), *activation_fits(model, table, few))
     if limit == 0:
         return fits, Sensitivity(0, None, (), 0.0, "--no-sensitivity")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from . import runtime
-from .activations import CHUNK, Parts, TorchModel, quantizing, run_piece, unpacked
+from .activations import Parts, TorchModel, quantizing, run_piece, unpacked
 from .config import Config
 from .device import full_float32
 from .importing import cut_blocks
@@ -57,7 +57,7 @@ def simulated_values(
     source = source.with_copies(table.copies)
     types = infer_types(source, samples.shapes, samples.inputs)
     blocks = cut_blocks(source, types, find_islands(source, types) if islands is None else islands, Config())
-    model = TorchModel.of(source, types, blocks, torch.device("cpu"), max(samples.count, CHUNK))
+    model = TorchModel.of(source, types, blocks, torch.device("cpu"), samples.count)
     stream = model.stream(samples.inputs, table)
     fed = {name: stream.passes.part(value, 0) for name, value in stream.of(source.graph.inputs).items()}
     values = {name: tensor.numpy().copy() for name, tensor in fed.items() if isinstance(tensor, torch.Tensor)}

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .activations import CHUNK
+from .activations import LARGEST_CHUNK, chunk
 from .config import Config
 from .device import pick_device
 from .errors import UsageError, near_misses
@@ -59,9 +59,9 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
 
 
 def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
-    """Samples in a forward pass: a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
+    """Samples in a forward pass; a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
     crossing = {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
-    return CHUNK if crossing <= types.stacked else min(CHUNK, config.batch_size)
+    return chunk(types) if crossing <= types.stacked else min(LARGEST_CHUNK, config.batch_size)
 
 
 def check_classes(source: SourceModel, samples: Samples, where: str) -> None:
