@@ -88,6 +88,14 @@ def test_paper_hyper_parameters_at_paper_iterations() -> None:
     assert Config(algorithm="adaround").settings(False).activation_lr == 0.0
 
 
+def test_large_samples_make_small_batches() -> None:
+    """Up to 2 million floats a sample the papers' 32; an image of 1024 pixels with 64 channels leaves the least."""
+    sizes = [0, 150_528, 1 << 21, (1 << 21) + 1, 1 << 22, 64 << 20]
+    assert [Config().batch(size) for size in sizes] == [32, 32, 32, 16, 16, 4]
+    assert {Config(batch_size=24).batch(size) for size in sizes} == {24}
+    assert Config().settings(has_depthwise=False, largest=1 << 23).batch_size == 8
+
+
 @given(st.integers(1, 40000))
 def test_the_distance_that_parameters_can_travel_does_not_depend_on_the_iterations(iterations: int) -> None:
     settings = Config(iterations=iterations).settings(False)

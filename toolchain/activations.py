@@ -191,8 +191,12 @@ class ActivationCache:
 
 def chunk(types: ValueTypes) -> int:
     """Samples in a forward pass: as many as keep a processor busy, and no more than the caches and the memory take well."""
-    largest = max((math.prod(types.shapes[name]) for name in types.stacked if name in types.shapes), default=1)
-    return min(max(_LARGEST // max(largest, 1), 1), LARGEST_CHUNK)
+    return min(max(_LARGEST // max(largest(types, types.stacked), 1), 1), LARGEST_CHUNK)
+
+
+def largest(types: ValueTypes, names: Iterable[str]) -> int:
+    """Elements of the largest of some values, for each sample."""
+    return max((math.prod(types.shapes[name]) for name in names if name in types.shapes), default=0)
 
 
 def observed(name: str, value: Value, observe: Observer) -> Value:

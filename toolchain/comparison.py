@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from . import report
-from .config import ALGORITHMS, PRESETS, UNITS, Config
+from .config import ALGORITHMS, BATCH, PRESETS, UNITS, Config
 from .config_file import parse_precision, resolved
 from .data_config import DataConfig
 from .device import pick_device
@@ -257,7 +257,7 @@ def common_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         names = ", ".join(dict.fromkeys(row["label"] for row in free))
         notes.append(f"{names}: {free[0]['calibration_samples']:,} samples distilled from BatchNorm statistics alone, no real ones")
     iterations = first["settings"].get("iterations", PRESETS[first["settings"]["preset"]])
-    return shared | {"runs": len(rows), "iterations": iterations, "batch_size": first["settings"]["batch-size"], "notes": notes}
+    return shared | {"runs": len(rows), "iterations": iterations, "batch_size": first["settings"].get("batch-size", BATCH), "notes": notes}
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ PRESETS: Mapping[str, int] = {"fast": 250, "default": 1000, "best": 20000}
 DEVICES = ("auto", "cuda", "cpu")
 PAPER_ITERATIONS = 20000
 _MAX_SPEEDUP = 100.0
+BATCH, _LEAST_BATCH = 32, 4  # samples per iteration, as the papers have it, and where samples are large
+_BATCH_FLOATS = 1 << 26  # of the largest value of a unit
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,13 @@ class Config:
     )
     preset: str = option("default", "Iterations per unit: fast 250, default 1000, best 20000.", "method", choices=tuple(PRESETS))
     iterations: int | None = option(None, "Iterations per unit; overrides the preset.", "method", low=1)
-    batch_size: int = option(32, "Samples per iteration.", "method", low=1)
+    batch_size: int | None = option(
+        None,
+        "Samples per iteration. Default: 32, and fewer, 4 at least, in units with values so large that an iteration would take seconds "
+        "(images beyond some 500 pixels); their many positions make up for it.",
+        "method",
+        low=1,
+    )
     seed: int = option(0, "Seed of every random choice.", "method", low=0)
     device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
     compile: str = option(
@@ -286,9 +294,17 @@ class Config:
     def unit_iterations(self) -> int:
         return self.iterations if self.iterations is not None else PRESETS[self.preset]
 
-    def settings(self, has_depthwise: bool) -> Settings:
+    def batch(self, largest: int) -> int:
+        """Samples per iteration in a unit whose largest value has so many floats for each."""
+        if self.batch_size is not None:
+            return self.batch_size
+        fitting = max(_BATCH_FLOATS // max(largest, 1), 1)
+        return min(max(1 << fitting.bit_length() - 1, _LEAST_BATCH), BATCH)  # a power of two, which processes can share
+
+    def settings(self, has_depthwise: bool, largest: int = 1) -> Settings:
         """The hyper-parameters for a unit, with what was left open filled in.
 
+        `has_depthwise`: whether it has a depthwise convolution; `largest`: floats of its largest value for each sample.
         Fewer iterations than the papers' take proportionally larger steps: Adam moves a parameter by about its learning
         rate per step, so that the distance it can cover stays. Down to 250 iterations this beat smaller rates on held-out samples.
         """
@@ -300,7 +316,7 @@ class Config:
         activation_lr = self.activation_lr if self.activation_lr is not None else step_rate * speedup
         return Settings(
             iterations=self.unit_iterations,
-            batch_size=self.batch_size,
+            batch_size=self.batch(largest),
             weight_lr=self.weight_lr if self.weight_lr is not None else weight_rate * speedup,
             activation_lr=activation_lr if learns_steps else 0.0,
             weight_step_lr=self.weight_step_lr if self.weight_step_lr is not None else (1e-4 * speedup if by_block else 0.0),

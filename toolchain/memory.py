@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -94,7 +94,7 @@ def demand(
     blocks: Sequence[Block],
     placement: Placement,
     samples: int,
-    batch: int,
+    batch: Callable[[int], int],
     pass_size: int,
     float_bytes: int = _FLOAT,
     device: torch.device = CPU,
@@ -107,7 +107,7 @@ def demand(
         blocks: the units, or the blocks they will be made of.
         placement: the grids of activations.
         samples: calibration samples.
-        batch: samples of a mini-batch.
+        batch: samples of a mini-batch, from the floats of the largest value of a unit for each.
         pass_size: samples in a forward pass.
         float_bytes: of an element in a cached activation that is on no grid.
         device: where it is done.
@@ -122,7 +122,8 @@ def demand(
             caches, samples * sum(count * (float_bytes + _code_bytes(placement, name, float_bytes)) for name, count in elements.items())
         )
         alive -= dead
-        found = _work(source, block, sizes, placement.activations.keys(), min(batch, samples), min(pass_size, samples))
+        size = min(batch(max((sizes.get(name, 0) for name in block.values), default=0) // _FLOAT), samples)
+        found = _work(source, block, sizes, placement.activations.keys(), size, min(pass_size, samples))
         if found > work:
             work, where = found, block.name
     chosen = samples * inputs  # the samples that were drawn, beside those that were read

@@ -68,6 +68,11 @@ class Block:
     is_island: bool = False
 
     @cached_property
+    def values(self) -> tuple[str, ...]:
+        """What it reads of others and makes itself."""
+        return (*self.inputs, *(name for node in self.nodes for name in node.outputs if name))
+
+    @cached_property
     def learned_outputs(self) -> tuple[str, ...]:
         """The outputs that its weights have an influence on: what reconstruction compares."""
         reached: set[str] = set()

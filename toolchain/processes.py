@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .config import Config
+from .config import BATCH, Config
 from .errors import ProcessError, UsageError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Processes:
             return
         if config.algorithm not in _SHARING:
             raise UsageError(f"torchrun: --algorithm {config.algorithm} has no mini-batches to share: start it as one process")
-        batch = min(config.batch_size, samples)
+        batch = min(config.batch_size or BATCH, samples)
         if batch % self.count:
             raise UsageError(f"torchrun: mini-batches of {batch} samples do not divide among {self.count} processes; change --batch-size")
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .activations import LARGEST_CHUNK, chunk
+from .activations import LARGEST_CHUNK, chunk, largest
 from .config import Config
 from .device import pick_device
 from .errors import UsageError, near_misses
@@ -53,7 +53,7 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
     size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
     float_bytes, device = FLOAT_TYPES[config.cache_dtype].itemsize, pick_device(config.device)
-    expected = demand(source, types, blocks, placement, count, config.batch_size, size, float_bytes, device)
+    expected = demand(source, types, blocks, placement, count, config.batch, size, float_bytes, device)
     expected.room_in(config.memory)
     return expected
 
@@ -61,7 +61,7 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
 def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
     """Samples in a forward pass; a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
     crossing = {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
-    return chunk(types) if crossing <= types.stacked else min(LARGEST_CHUNK, config.batch_size)
+    return chunk(types) if crossing <= types.stacked else min(LARGEST_CHUNK, config.batch(largest(types, types.stacked)))
 
 
 def check_classes(source: SourceModel, samples: Samples, where: str) -> None:

@@ -61,6 +61,7 @@ class UnitResult:
     loss_after: float
     kept: str
     iterations: int
+    batch_size: int
     seconds: float
     flipped: float
     undecided: float | None
@@ -179,6 +180,7 @@ def learned_unit(unit: Unit, learn: Callable[[QuantTable], Learned]) -> tuple[Un
         loss_after=loss_after,
         kept="learned" if is_better else "initial",
         iterations=curve[-1].iteration + 1 if curve else 1,
+        batch_size=unit.settings.batch_size,
         seconds=time.perf_counter() - started,
         flipped=float(flipped / sum(unit.floats[name].size for name in unit.weights)),
         undecided=undecided,

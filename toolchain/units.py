@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import compiled
-from .activations import Parts, Piece, TorchModel, Value
+from .activations import Parts, Piece, TorchModel, Value, largest
 from .baselines.adaquant import adaquant_unit
 from .baselines.bit_split import split_unit
 from .config import Config
@@ -85,7 +85,7 @@ def reconstruct(
                 finish=lambda learned, biases=MappingProxyType({}), block=piece.block: with_biases(
                     source, placement, block, retied(placement, learned), biases
                 ),
-                settings=config.settings(has_depthwise(source, piece.block)),
+                settings=config.settings(has_depthwise(source, piece.block), largest(units.types, piece.block.values)),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),
                 processes=processes,
@@ -129,7 +129,7 @@ def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
         return False
     values = {name for piece in _learning(units.pieces, table) for node in piece.block.nodes for name in node.outputs if name in table}
     elements = sum(math.prod(units.types.shapes[name]) for name in values if name in units.types.shapes)
-    settings = config.settings(has_depthwise=False)
+    settings = config.settings(has_depthwise=False, largest=largest(units.types, values))
     if config.compile == "auto" and not (
         units.device.type == "cpu" and compiled.is_worth(settings.iterations, settings.batch_size * elements)
     ):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import pipeline, report, survey
-from toolchain.config import Config
+from toolchain.config import BATCH, Config
 from toolchain.cpu import keep_freed_memory
 from toolchain.data_config import DataConfig
 from toolchain.progress import Progress
@@ -98,7 +98,7 @@ def main() -> None:
         "model": args.model.stem,
         "samples": samples.count,
         "units": args.units,
-        "batch": config.batch_size,
+        "batch": config.batch_size or BATCH,
         "budget": config.memory,
         "estimate": dataclasses.asdict(expected) | {"total": expected.total},
         "bound": estimate,
