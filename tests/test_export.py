@@ -15,8 +15,8 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
 from toolchain.errors import ExportError
-from toolchain.normalise import rename_values
 from toolchain.pipeline import Quantized, quantize
+from toolchain.protos import rename_values
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples
 from toolchain.scheme import TARGETS

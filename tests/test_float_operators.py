@@ -1,15 +1,18 @@
 """What runs in float is listed by name, with the reason that is true for it."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 
 from exporters import export_qdq, write_model
 from tests import zoo
 from toolchain import runtime
+from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.float_operators import FloatOperator, float_operators
 from toolchain.pipeline import quantize
@@ -64,3 +67,17 @@ def test_a_float_model_reads_floats() -> None:
     assert {row.op_type for row in found} >= {"Conv", "Add", "Gemm"}
     assert found[0].reason == "it reads 'x' in float"
     assert np.unique([row.node for row in found]).size == len(found)
+
+
+def test_layers_that_are_executed_in_float_have_a_line_of_their_own(tmp_path: Path) -> None:
+    """A transposed convolution without a bias, which no other row names, and a convolution that makes the output."""
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    y = b.op("Relu", b.op("ConvTranspose", b.conv("x", 3, 8, act="relu"), b.weight("up", (8, 8, 2, 2), 8), name="up_y", strides=[2, 2]))
+    onnx.save(b.model(b.conv(y, 8, 4)), tmp_path / "m.onnx")
+    np.savez(tmp_path / "d.npz", **zoo.images(4).inputs)
+    arguments = ["quantize", str(tmp_path / "m.onnx"), "--algorithm", "minmax", "--calibration-data", str(tmp_path / "d.npz")]
+    result = CliRunner().invoke(main, arguments, env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    assert "runs in float  ConvTranspose node_up_y: ONNX Runtime fuses no integer ConvTranspose" in result.output
+    assert re.search(r"runs in float  Conv node_conv\d: its result is a graph output and stays float", result.output)
+    assert "<td>runs in float: ONNX Runtime fuses no integer ConvTranspose" in (tmp_path / "m.w4a4.report" / "report.html").read_text()

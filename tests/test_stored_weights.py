@@ -15,8 +15,8 @@ from toolchain import runtime
 from toolchain.config import Config
 from toolchain.errors import UnsupportedModelError
 from toolchain.kernels import check_simulation
-from toolchain.normalise import subgraphs
 from toolchain.pipeline import Quantized, quantize
+from toolchain.protos import subgraphs
 from toolchain.report import coverage
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples

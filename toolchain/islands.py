@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 
 from . import runtime
 from .graph import WEIGHT_INPUT, Graph, Node
-from .normalise import subgraphs
 from .partition import Block
+from .protos import subgraphs
 from .source import QUANTIZED_OPS, SourceModel, ValueTypes
 from .stored import CONTROL_FLOW
 from .torch_import import Observer, can_import

@@ -1,18 +1,17 @@
 """From an ONNX file to a checked protobuf in the one form that every later stage works on."""
 
-import itertools
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import helper, inliner, numpy_helper, shape_inference
+from onnx import inliner, numpy_helper
 
 from . import large, runtime
 from .errors import UnsupportedModelError
-from .graph import BIAS_INPUT, ONNX_DOMAINS
+from .products import give_own_biases, join_biases, split_sums, spread_biases
+from .protos import inferred_shapes, referenced, rename_values, subgraphs
 from .raising import MIN_OPSET, opset_of, raised
 
 # Of `exporters.qdq`.
@@ -96,8 +95,10 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _restore_weight_names(model.graph, original_names)
     _forget_shapes_of_constants(model.graph)
     _free_names(model.graph)
-    _join_biases(model)
-    _give_own_biases(model.graph)
+    join_biases(model)
+    split_sums(model.graph)
+    spread_biases(model.graph)
+    give_own_biases(model.graph)
     _order_initializers(model.graph)
     _name_nodes(model.graph)
     _open_batch(model)
@@ -130,30 +131,6 @@ def _forget_shapes_of_constants(graph: onnx.GraphProto) -> None:
     graph.value_info.extend(declared)
 
 
-def _give_own_biases(graph: onnx.GraphProto) -> None:
-    """A copy of a bias for each layer that shares it but the first: its int32 steps are those of the layer's own input and weight.
-
-    Heads that go over several feature maps share theirs, and exporters join those that are equal (zeros); where another operator, such as
-    LayerNormalization, reads it too, the first has a copy as well.
-    """
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    taken = {*tensors, *(value.name for value in graph.input), *(value for node in graph.node for value in node.output)}
-    layers = [(node, BIAS_INPUT[node.op_type]) for node in graph.node if node.op_type in BIAS_INPUT and node.domain in ONNX_DOMAINS]
-    layers = [(node, index) for node, index in layers if index < len(node.input) and node.input[index] in tensors]
-    elsewhere = Counter(referenced(graph)) - Counter(node.input[index] for node, index in layers)
-    seen = {*elsewhere, *(output.name for output in graph.output)}
-    for node, index in layers:
-        bias = node.input[index]
-        if bias in seen:
-            name = next(name for number in itertools.count(1) if (name := f"{bias}_{number}") not in taken)
-            taken.add(name)
-            node.input[index] = name
-            own = graph.initializer.add()
-            own.CopyFrom(tensors[bias])
-            own.name = name
-        seen.add(bias)
-
-
 def _order_initializers(graph: onnx.GraphProto) -> None:
     """ONNX Runtime writes them in hash order; order of first use makes two runs byte-identical. Unused ones are dropped."""
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -162,21 +139,6 @@ def _order_initializers(graph: onnx.GraphProto) -> None:
     ordered = [tensors[name] for name in used]
     del graph.initializer[:]
     graph.initializer.extend(ordered)
-
-
-def referenced(graph: onnx.GraphProto) -> list[str]:
-    """All value names that nodes read, those in subgraphs (If, Loop, Scan) included."""
-    names: list[str] = []
-    for node in graph.node:
-        names.extend(node.input)
-        for subgraph in subgraphs(node):
-            names.extend(referenced(subgraph))
-    return names
-
-
-def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    """The graphs that a control-flow node holds in its attributes."""
-    return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
 
 
 def _free_names(graph: onnx.GraphProto) -> None:
@@ -222,48 +184,6 @@ def _make_dense(graph: onnx.GraphProto) -> None:
     del graph.sparse_initializer[:]
 
 
-def _join_biases(model: onnx.ModelProto) -> None:
-    """MatMul and Add of shapes that are known as the Gemm on rows that ONNX Runtime makes of them, where it leaves them in a float model.
-
-    It leaves the projections of an attention behind LayerNormalization for a fusion that never comes on codes, and makes them a Gemm with
-    a float bias in the exported file, which then computes in float.
-    """
-    graph = model.graph
-    tensors = {tensor.name: tensor for tensor in graph.initializer}
-    readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
-    adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
-    found: list[tuple[onnx.NodeProto, onnx.NodeProto, str, int]] = []
-    for node in graph.node:
-        if node.op_type != "MatMul" or node.domain not in ONNX_DOMAINS:
-            continue
-        weight, add = tensors.get(node.input[1]), adds.get(node.output[0])
-        if weight is None or len(weight.dims) != 2 or add is None or readers[node.output[0]] > 1:
-            continue
-        bias = next((name for name in add.input if name in tensors), "")
-        if bias and list(tensors[bias].dims) == [weight.dims[1]]:
-            found.append((node, add, bias, weight.dims[1]))
-    if not found:
-        return
-    shapes = _inferred(model)
-    taken = {*tensors, *shapes, *(value for node in graph.node for value in node.output)}
-    made: dict[str, tuple[onnx.NodeProto, ...]] = {}  # what stands in the place of the nodes that make these values
-    for node, add, bias, width in found:
-        given, rows, product = shapes.get(node.input[0], []), f"{node.output[0]}_rows", f"{node.output[0]}_product"
-        if len(given) < 3 or 0 in given or taken & {rows, product, f"{rows}_shape", f"{product}_shape"}:
-            continue
-        for name, shape in ((f"{rows}_shape", [math.prod(given[:-1]), given[-1]]), (f"{product}_shape", [*given[:-1], width])):
-            graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
-        made[add.output[0]] = ()
-        made[node.output[0]] = (
-            helper.make_node("Reshape", [node.input[0], f"{rows}_shape"], [rows], f"{node.name}_rows"),
-            helper.make_node("Gemm", [rows, node.input[1], bias], [product], node.name),
-            helper.make_node("Reshape", [product, f"{product}_shape"], list(add.output), f"{add.name}_product"),
-        )
-    nodes = [kept for node in graph.node for kept in (made.get(node.output[0], (node,)) if node.output else (node,))]
-    del graph.node[:]
-    graph.node.extend(nodes)
-
-
 def _open_batch(model: onnx.ModelProto) -> None:
     """Let reshapes of a fixed-batch model follow the number of samples instead of naming it, so that it can be run on any batch.
 
@@ -277,7 +197,7 @@ def _open_batch(model: onnx.ModelProto) -> None:
         return
     batch = batches.pop()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    shapes = _inferred(model)
+    shapes = inferred_shapes(model)
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] not in tensors or not shapes.get(node.input[0]):
             continue
@@ -299,29 +219,3 @@ def _open_batch(model: onnx.ModelProto) -> None:
         name = f"{node.name}_shape"
         graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
         node.input[1] = name
-
-
-def _inferred(model: onnx.ModelProto) -> dict[str, list[int]]:
-    """What is known of the shapes of a model's values, 0 for an axis that is not."""
-    try:
-        graph = shape_inference.infer_shapes(large.skeleton(model)).graph
-    except shape_inference.InferenceError:
-        graph = model.graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
-
-
-def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) -> None:
-    """Let nodes read a value under another name, and (outputs) make it under that name too."""
-    for node in graph.node:
-        for index, value in enumerate(node.input):
-            node.input[index] = names.get(value, value)
-        if outputs:
-            for index, value in enumerate(node.output):
-                node.output[index] = names.get(value, value)
-        for subgraph in subgraphs(node):
-            own = {value for inner in subgraph.node for value in inner.output} | {value.name for value in subgraph.input}
-            rename_values(subgraph, {old: new for old, new in names.items() if old not in own}, outputs=False)
-            for output in subgraph.output:
-                if output.name not in own:
-                    output.name = names.get(output.name, output.name)

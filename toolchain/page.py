@@ -16,6 +16,7 @@ from .wording import (
     duration,
     faster,
     figure,
+    float_layers,
     island_lines,
     kind,
     magnitude,
@@ -253,6 +254,7 @@ def _float_nodes(report: dict[str, Any]) -> str:
     text = f"Weights on integer grids: {coverage_line(report['coverage'])}."
     text += "".join(f" Float island, left to ONNX Runtime: {escape(line)}." for line in island_lines(report["islands"]))
     rows = [(row["node"], row["op_type"], row["reason"]) for row in report["float_nodes"]]
+    rows += [(row["node"], row["op_type"], f"runs in float: {row['reason']}") for row in float_layers(report)]
     return section("What stayed float", text, table(("node", "operator", "why"), rows) if rows else "<p>Nothing that has weights.</p>")
 
 

@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from . import runtime
 from .errors import UnsupportedModelError
-from .normalise import rename_values, subgraphs
+from .protos import rename_values, subgraphs
 
 _HALF = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _SUFFIX = "_float32"

@@ -18,7 +18,8 @@ from . import large, runtime
 from .copies import insert_copies
 from .errors import MrecgError, UnsupportedModelError
 from .graph import WEIGHT_INPUT, Graph, Node, channel_axis, schedule
-from .normalise import normalised, read, subgraphs
+from .normalise import normalised, read
+from .protos import subgraphs
 from .quant_table import Copy
 from .raising import MIN_OPSET, opset_of
 from .single_precision import in_float32

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from .graph import ONNX_DOMAINS, WEIGHT_INPUT, Graph, channel_axis
-from .normalise import rename_values, subgraphs
+from .protos import rename_values, subgraphs
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})

@@ -24,6 +24,7 @@ from .wording import (
     duration,
     faster,
     figure,
+    float_layers,
     headline,
     island_lines,
     kind,
@@ -65,6 +66,12 @@ def summary(report: dict[str, Any]) -> Group:
     lines += [("stays float", escape(text)) for text in floats[:_MOST_ROWS]]
     if len(floats) > _MOST_ROWS:
         lines.append(("", f"and {len(floats) - _MOST_ROWS} more, all in the report"))
+    alike: dict[tuple[str, str], list[str]] = {}
+    for row in float_layers(report):
+        alike.setdefault((row["op_type"], unnamed(row["reason"])[0]), []).append(row["node"])
+    for (operator, reason), (first, *others) in alike.items():
+        more = f" and {len(others)} more" if others else ""
+        lines.append(("runs in float", escape(f"{operator} {first}{more}: {reason}")))
     return Group(_facts(lines))
 
 

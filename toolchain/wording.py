@@ -125,6 +125,13 @@ def coverage_line(cover: dict[str, Any]) -> str:
     return f"{text}; {share:.1f} % of {cover['stored']:,} in tables, recurrent layers and control flow, which compute in float"
 
 
+def float_layers(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The convolutions and matrix products that are executed in float though nothing before says so of them."""
+    said = {row["node"] for row in report["float_nodes"]} | {name for island in report["islands"] for name in island["nodes"]}
+    v = report["validation"]
+    return [row for row in v["float_operators"] if row["op_type"] in v["float_layers"] and row["node"] not in said]
+
+
 def headline(report: dict[str, Any]) -> list[tuple[str, str]]:
     """Accuracy, speed, size and exactness of a run, one line each."""
     v = report["validation"]

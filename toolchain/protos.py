@@ -1,0 +1,47 @@
+"""Walks over the protobufs of a graph, through the subgraphs that control flow holds in attributes."""
+
+import onnx
+from onnx import shape_inference
+
+from . import large
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs that a control-flow node holds in its attributes."""
+    return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
+
+
+def referenced(graph: onnx.GraphProto) -> list[str]:
+    """All value names that nodes read, those in subgraphs (If, Loop, Scan) included."""
+    names: list[str] = []
+    for node in graph.node:
+        names.extend(node.input)
+        for subgraph in subgraphs(node):
+            names.extend(referenced(subgraph))
+    return names
+
+
+def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) -> None:
+    """Let nodes read a value under another name, and (outputs) make it under that name too."""
+    for node in graph.node:
+        for index, value in enumerate(node.input):
+            node.input[index] = names.get(value, value)
+        if outputs:
+            for index, value in enumerate(node.output):
+                node.output[index] = names.get(value, value)
+        for subgraph in subgraphs(node):
+            own = {value for inner in subgraph.node for value in inner.output} | {value.name for value in subgraph.input}
+            rename_values(subgraph, {old: new for old, new in names.items() if old not in own}, outputs=False)
+            for output in subgraph.output:
+                if output.name not in own:
+                    output.name = names.get(output.name, output.name)
+
+
+def inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
+    """What is known of the shapes of a model's values, 0 for an axis that is not."""
+    try:
+        graph = shape_inference.infer_shapes(large.skeleton(model)).graph
+    except shape_inference.InferenceError:
+        graph = model.graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
