@@ -1,6 +1,8 @@
 """Nodes that torch cannot run are left to ONNX Runtime, and everything around them is quantized as ever."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from exporters import export_qdq
+from exporters import export_qdq, write_model
 from tests import zoo
 from toolchain import runtime
 from toolchain.activations import Parts, TorchModel
@@ -215,3 +217,36 @@ def test_islands_are_in_the_json_of_a_plan(tmp_path: Path) -> None:
     rows = [vars(row) for row in island_rows(source, [row.block for row in quantized.plan.rows], quantized.islands)]
     assert json.loads(json.dumps(rows))[0]["operators"] == ["Imputer"]
     assert rows[0]["reasons"] == ("Imputer has no torch converter",)
+
+
+@pytest.mark.parametrize("kind", ["If", "Loop"])
+@pytest.mark.parametrize("moves", [["Transpose"], ["MaxPool"], ["Transpose", "Flatten"]])
+def test_what_a_subgraph_alone_reads_rearranged_loads(kind: str, moves: list[str], tmp_path: Path) -> None:
+    """ONNX Runtime aborts the process at a DequantizeLinear that is rearranged for a subgraph alone, hence the other process."""
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    y = b.conv("x", 3, 8, act="relu")
+    moved = y
+    for move in moves:
+        moved = b.op(move, moved, **({"kernel_shape": [2, 2]} if move == "MaxPool" else {}))
+    inner = helper.make_node("ReduceMax", [moved], ["seen"], keepdims=0)
+    given = helper.make_node("Identity", ["seen"], ["given"])
+    if kind == "If":
+        branch = helper.make_graph([inner, given], "branch", [], [onnx.ValueInfoProto(name="given")])
+        least = helper.make_node("ReduceMin", [moved], ["least"], keepdims=0)
+        other = helper.make_graph([least], "other", [], [onnx.ValueInfoProto(name="least")])
+        condition = b.op("Greater", b.op("ReduceMax", y, keepdims=0), b.constant("zero", np.array(0.0, np.float32)))
+        found = b.op("If", condition, then_branch=branch, else_branch=other)
+    else:
+        body = helper.make_graph(
+            [inner, given, helper.make_node("Identity", ["c"], ["again"])],
+            "body",
+            [helper.make_tensor_value_info(*info) for info in (("i", TensorProto.INT64, []), ("c", TensorProto.BOOL, []))]
+            + [onnx.ValueInfoProto(name="state")],
+            [onnx.ValueInfoProto(name="again"), onnx.ValueInfoProto(name="given")],
+        )
+        start = b.op("ReduceMin", y, keepdims=0)
+        found = b.op("Loop", b.constant("times", np.array(2)), b.constant("on", np.array(True)), start, body=body)
+    source, _, quantized = learned(b.model(b.op("Add", b.head(b.conv(y, 8, 8, act="relu"), 8), found)), tmp_path)
+    write_model(export_qdq(source.model, quantized.table), tmp_path / "q.onnx")
+    load = f"import onnxruntime as o; o.InferenceSession({str(tmp_path / 'q.onnx')!r}, providers=['CPUExecutionProvider'])"
+    assert subprocess.run([sys.executable, "-c", load], capture_output=True, check=False).returncode == 0
