@@ -36,7 +36,6 @@ from toolchain.errors import ExportError
 from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize, quantize
 from toolchain.scheme import ORT_CPU, Scheme
 
-from .captured import with_captured
 from .storage import Storage, packed_storage_of, storage_of
 
 METADATA_PREFIX = "mrecg_onnx."
@@ -58,7 +57,6 @@ def export_qdq(
     Raises:
         ExportError: a grid has no ONNX type, or the opset cannot be raised to the one it needs.
     """
-    table = with_captured(model.graph, table)
     tables = _tables(model.graph, table)
     storages = _storages(model.graph, table, scheme, tables)
     quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))

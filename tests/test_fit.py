@@ -130,4 +130,4 @@ def test_samples_that_make_no_finite_values_are_said_and_judged_by_the_rest(tmp_
     nowhere = fit.activation_fits(model, found.table, Samples({"x": -good.inputs["x"]}))
     assert [f.name for f in nowhere] == ["x"]
     (note,) = quantize(source, bad, config).notes
-    assert note == "no range was seen of 'root': never made, or not finite (NaN, infinite) on a calibration sample; float there"
+    assert note == "no range was seen of 'root': never made, empty, or not finite (NaN, infinite) on a calibration sample; float there"

@@ -74,7 +74,7 @@ def test_layers_that_are_executed_in_float_have_a_line_of_their_own(tmp_path: Pa
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     y = b.op("Relu", b.op("ConvTranspose", b.conv("x", 3, 8, act="relu"), b.weight("up", (8, 8, 2, 2), 8), name="up_y", strides=[2, 2]))
     onnx.save(b.model(b.conv(y, 8, 4)), tmp_path / "m.onnx")
-    np.savez(tmp_path / "d.npz", **zoo.images(4).inputs)
+    np.savez(tmp_path / "d.npz", x=zoo.images(4).inputs["x"])
     arguments = ["quantize", str(tmp_path / "m.onnx"), "--algorithm", "minmax", "--calibration-data", str(tmp_path / "d.npz")]
     result = CliRunner().invoke(main, arguments, env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output

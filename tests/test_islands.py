@@ -227,7 +227,7 @@ def test_what_a_subgraph_alone_reads_rearranged_loads(kind: str, moves: list[str
     y = b.conv("x", 3, 8, act="relu")
     moved = y
     for move in moves:
-        moved = b.op(move, moved, **({"kernel_shape": [2, 2]} if move == "MaxPool" else {}))
+        moved = b.op(move, moved, kernel_shape=[2, 2]) if move == "MaxPool" else b.op(move, moved)
     inner = helper.make_node("ReduceMax", [moved], ["seen"], keepdims=0)
     given = helper.make_node("Identity", ["seen"], ["given"])
     if kind == "If":

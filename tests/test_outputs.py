@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from matplotlib.axes import Axes
+from onnx import TensorProto
 
 from tests import zoo
 from toolchain import kernels, runtime
@@ -76,6 +77,39 @@ def test_samples_without_a_result_are_counted(tmp_path: Path) -> None:
     facts = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": {"target": "ort-cpu"}}
     line = dict(headline(facts | {"coverage": {"weights_quantized": 0}}))
     assert line["accuracy"].endswith("; 5 samples of data, of which the float model makes NaN on 2")
+
+
+def classifying(*outputs: str) -> onnx.ModelProto:
+    """A layer, the class that it scores highest, and its scores."""
+    b = zoo.Builder({"x": ["N", 6]})
+    scores = b.linear("x", 6, 4)
+    made = {"scores": scores, "class": b.op("ArgMax", scores, axis=1, keepdims=0), "row": b.op("ArgMax", scores, axis=1)}
+    model = b.model(*(made[name] for name in outputs))
+    for value, name in zip(model.graph.output, outputs, strict=True):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT if name == "scores" else TensorProto.INT64
+    return model
+
+
+@pytest.mark.parametrize("outputs", [["class"], ["row"], ["class", "scores"]])
+def test_outputs_that_name_classes_have_an_accuracy(outputs: list[str], tmp_path: Path) -> None:
+    """Scores go before them where there are any."""
+    path = tmp_path / "model.onnx"
+    onnx.save(classifying(*outputs), path)
+    inputs = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    right = runtime.run(runtime.session(classifying("class")), {"x": inputs}).popitem()[1]
+    labels = np.where(np.arange(40) % 4 == 0, (right + 1) % 4, right)
+    checked = validate(path, path, Samples({"x": inputs}, labels), float_bytes=1)
+    assert (checked.top1_float, checked.top1_quantized, checked.agreement, checked.lost) == (75.0, 75.0, 100.0, 0)
+
+
+def test_labels_that_no_output_has_a_use_for_are_said_to_be_unused(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 6]})
+    path = tmp_path / "model.onnx"
+    onnx.save(b.model(b.op("Reshape", b.linear("x", 6, 4), b.constant("shape", np.array([0, 2, 2], np.int64)))), path)
+    checked = validate(path, path, Samples({"x": np.ones((3, 6), np.float32)}, np.zeros(3, np.int64)), float_bytes=1)
+    facts = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": {"target": "ort-cpu"}}
+    line = dict(headline(facts | {"coverage": {"weights_quantized": 0}}))
+    assert line["accuracy"].endswith("3 samples of data; labels not used: no output scores or names classes")
 
 
 def test_signal_to_noise_of_what_is_no_number() -> None:

@@ -37,6 +37,13 @@ def test_npz_and_npy(tmp_path: Path) -> None:
     assert np.array_equal(load(tmp_path / "s.npy").inputs["image"], arrays())
 
 
+def test_a_past_without_positions_is_no_lack_of_samples(tmp_path: Path) -> None:
+    """The first step of a decoder reads keys of no token."""
+    np.savez(tmp_path / "s.npz", past=np.zeros((4, 0, 8), np.float32))
+    samples = load(tmp_path / "s.npz", InputSpec("past", FLOAT, ("N", "P", 8)))
+    assert samples.count == 4
+
+
 def test_several_inputs(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", a=np.zeros((4, 2), np.float32), b=np.zeros((4, 3), np.float32))
     samples = load(tmp_path / "s.npz", *PAIR)

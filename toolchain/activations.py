@@ -248,12 +248,12 @@ def run_piece(
         inputs: its inputs by name.
         constants: its weights and biases by name, quantized already where they should be.
         passes: how the samples are split.
-        observe: called on every value that the piece makes; what it returns takes the value's place.
-        table: in place of an observer: the grids that these values are quantized on, whose codes are then kept.
+        observe: called on every value that the piece makes; what it returns takes the value's place. Default: `table` quantizes it.
+        table: the grids that these values are quantized on, whose codes are then kept.
     """
     grids = table.tensors if table is not None else {}
     outputs = {name: Collector(passes, name in passes.stacked, grids.get(name)) for name in piece.block.outputs}
-    observe = quantizing(table) if table is not None else observe
+    observe = quantizing(table) if observe is None and table is not None else observe
     for index, _ in enumerate(passes):
         part = {name: passes.part(value, index) for name, value in inputs.items()}
         for name, made in _made(piece, part, constants, passes, observe).items():

@@ -178,7 +178,7 @@ def measured(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized.onnx"
         export(found.table, config, path)
-        simulated = simulate(source, found.table, evaluation, pick_device(config.device), found.islands)
+        simulated = simulate(source, found.table, evaluation, pick_device(config.device), found.islands, config.scheme)
         checked = validate(
             source.model, path, evaluation, source.path.stat().st_size, config.device, simulated, reference=reference, as_written=False
         )

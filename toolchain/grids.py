@@ -37,7 +37,7 @@ def calibrate(
 ) -> Calibration:
     """Grids of all activations, from the float stream, and of all weights.
 
-    Activations that have no range (never made, or not finite) get none.
+    Activations that have no range (never made, empty, or not finite) get none.
     """
     seen = observe(model, placement, samples, progress)
     placement = without(placement, placement.activations.keys() - seen.keys())
@@ -65,7 +65,7 @@ def calibrate(
 
 
 def observe(model: TorchModel, placement: Placement, samples: Samples, progress: Progress = lambda *_: None) -> dict[str, Histogram]:
-    """What the float stream shows of each activation; nothing of those that are never made, or not finite.
+    """What the float stream shows of each activation; nothing of those that are never made, empty, or not finite.
 
     What ends up in Softmax alone is seen as far down as it tells there.
     """

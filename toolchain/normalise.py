@@ -10,9 +10,11 @@ from onnx import inliner, numpy_helper
 
 from . import large, runtime
 from .errors import UnsupportedModelError
+from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
 from .protos import inferred_shapes, referenced, rename_values, subgraphs
 from .raising import MIN_OPSET, opset_of, raised
+from .unfusing import unfuse
 
 # Of `exporters.qdq`.
 _EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes")
@@ -95,6 +97,8 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _restore_weight_names(model.graph, original_names)
     _forget_shapes_of_constants(model.graph)
     _free_names(model.graph)
+    unfuse(model.graph)
+    capture_constants(model.graph)
     join_biases(model)
     split_sums(model.graph)
     spread_biases(model.graph)

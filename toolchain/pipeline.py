@@ -162,7 +162,7 @@ def _without_range(values: Sequence[str]) -> tuple[str, ...]:
     """What is to be said of values that the calibration samples show no range of."""
     if not values:
         return ()
-    why = "never made, or not finite (NaN, infinite) on a calibration sample; float there"
+    why = "never made, empty, or not finite (NaN, infinite) on a calibration sample; float there"
     return (f"no range was seen of {values[0]!r}{_others(values)}: {why}",)
 
 

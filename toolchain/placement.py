@@ -96,9 +96,8 @@ def place(
     for value in dict.fromkeys([*graph.inputs, *(value for node in graph.nodes for value in node.outputs if value)]):
         origin = flow.source(value)
         if origin != value:
-            if origin in activations and (
-                flow.integer_readers(value, integer) or flow.is_quantized_output(value) or value in copied
-            ):  # fmt: skip
+            is_read = flow.integer_readers(value, integer) or flow.is_quantized_output(value) or value in copied
+            if origin in activations and (is_read or _is_captured_only(source, value)):
                 tied[value] = origin
             continue
         bits = _activation_bits(ground, value)
@@ -118,6 +117,17 @@ def place(
     return Placement(
         activations, tied, shared, weights, ground.stored, biases, tuple(floats), ground.first, ground.last, frozenset(met), copies, scores
     )
+
+
+def _is_captured_only(source: SourceModel, value: str) -> bool:
+    """Whether the subgraphs of branches and loops alone read a value.
+
+    ONNX Runtime (1.31.1) hands a DequantizeLinear on through what only moves its result, up to the next reader; where that is a subgraph,
+    it takes the value for an input of the node that holds it and aborts the process. Behind a pair of its own there is nothing to hand on.
+    """
+    readers = source.graph.readers_of(value)
+    is_input = any(value in source.node_protos[node.name].input for node in readers)
+    return bool(readers) and not is_input and value not in source.graph.outputs
 
 
 def operand_copies(

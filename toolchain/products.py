@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 
 import numpy as np
@@ -11,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from .graph import BIAS_INPUT, ONNX_DOMAINS
-from .protos import inferred_shapes, referenced
+from .protos import inferred_shapes, referenced, replace_nodes, value_names
 
 
 def join_biases(model: onnx.ModelProto) -> None:
@@ -51,7 +50,7 @@ def join_biases(model: onnx.ModelProto) -> None:
             helper.make_node("Gemm", [rows, node.input[1], bias], [product], node.name),
             helper.make_node("Reshape", [product, f"{product}_shape"], list(add.output), f"{add.name}_product"),
         )
-    _replace(graph, [kept for node in graph.node for kept in (made.get(node.output[0], (node,)) if node.output else (node,))])
+    replace_nodes(graph, [kept for node in graph.node for kept in (made.get(node.output[0], (node,)) if node.output else (node,))])
 
 
 def split_sums(graph: onnx.GraphProto) -> None:
@@ -60,7 +59,7 @@ def split_sums(graph: onnx.GraphProto) -> None:
     ONNX Runtime makes such of a MatMul with a residual added, files have them as they are.
     """
     constants = {tensor.name for tensor in graph.initializer}
-    taken = {*constants, *(value.name for value in graph.input), *(value for node in graph.node for value in node.output)}
+    taken = value_names(graph)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         nodes.append(node)
@@ -72,7 +71,7 @@ def split_sums(graph: onnx.GraphProto) -> None:
         nodes.append(helper.make_node("Add", [product, added], list(node.output), f"{node.name}_Add"))
         node.output[0] = product
         del node.input[2]
-    _replace(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def spread_biases(graph: onnx.GraphProto) -> None:
@@ -81,7 +80,7 @@ def spread_biases(graph: onnx.GraphProto) -> None:
     Exporters write a single number, or a factor `beta`, of 0 where nothing is to be added.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    taken = {*tensors, *(value.name for value in graph.input), *(value for node in graph.node for value in node.output)}
+    taken = value_names(graph)
     for node in graph.node:
         bias = tensors.get(node.input[2]) if _is_layer(node, tensors.keys()) and len(node.input) > 2 else None
         if bias is None or bias.data_type != TensorProto.FLOAT:
@@ -108,7 +107,7 @@ def give_own_biases(graph: onnx.GraphProto) -> None:
     LayerNormalization, reads it too, the first has a copy as well.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    taken = {*tensors, *(value.name for value in graph.input), *(value for node in graph.node for value in node.output)}
+    taken = value_names(graph)
     layers = [(node, BIAS_INPUT[node.op_type]) for node in graph.node if node.op_type in BIAS_INPUT and node.domain in ONNX_DOMAINS]
     layers = [(node, index) for node, index in layers if index < len(node.input) and node.input[index] in tensors]
     elsewhere = Counter(referenced(graph)) - Counter(node.input[index] for node, index in layers)
@@ -133,9 +132,3 @@ def _is_layer(node: onnx.NodeProto, constants: AbstractSet[str]) -> bool:
 def _beta(node: onnx.NodeProto) -> float:
     """What a Gemm multiplies with what it adds."""
     return next((a.f for a in node.attribute if a.name == "beta"), 1.0)
-
-
-def _replace(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
-    nodes = list(nodes)
-    del graph.node[:]
-    graph.node.extend(nodes)

@@ -1,5 +1,7 @@
 """Walks over the protobufs of a graph, through the subgraphs that control flow holds in attributes."""
 
+from collections.abc import Sequence
+
 import onnx
 from onnx import shape_inference
 
@@ -45,3 +47,16 @@ def inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
         graph = model.graph
     values = (*graph.input, *graph.value_info, *graph.output)
     return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+
+
+def value_names(graph: onnx.GraphProto) -> set[str]:
+    """The names of all values of a graph, but those of its subgraphs."""
+    given = {value.name for value in (*graph.input, *graph.initializer)}
+    return given | {value for node in graph.node for value in node.output}
+
+
+def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
+    """Put other nodes in the place of all; some of them may be the graph's own."""
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)

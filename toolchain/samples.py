@@ -174,7 +174,8 @@ def _check_array(array: np.ndarray, spec: InputSpec, where: str) -> None:
     if not fits:
         several = f" for all samples, or {_dims(['N', *wanted])}" if spec.axis is None else ""
         raise DataError(f"{where}: input {spec.name!r} expects shape {_dims(wanted)}{several}, got {_dims(array.shape)}")
-    if array.size == 0:
+    count = array.shape[spec.axis or 0] if array.ndim else 1
+    if count == 0:
         raise DataError(f"{where}: input {spec.name!r} has no samples (shape {_dims(array.shape)})")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         first = np.argwhere(~np.isfinite(array))[0]

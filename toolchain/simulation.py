@@ -13,12 +13,18 @@ from .importing import cut_blocks
 from .islands import find_islands
 from .quant_table import QuantTable
 from .samples import Samples
+from .scheme import ORT_CPU, Scheme
 from .source import SourceModel, infer_types
 
 
 @full_float32
 def simulate(
-    source: SourceModel, table: QuantTable, samples: Samples, device: torch.device, islands: Mapping[str, str] | None = None
+    source: SourceModel,
+    table: QuantTable,
+    samples: Samples,
+    device: torch.device,
+    islands: Mapping[str, str] | None = None,
+    scheme: Scheme = ORT_CPU,
 ) -> dict[str, np.ndarray]:
     """Run the quantized model in torch: the graph outputs under the table by name, as `runtime.run` joins them.
 
@@ -28,6 +34,7 @@ def simulate(
         samples: what to run on.
         device: where.
         islands: nodes left to ONNX Runtime, as `Quantized` names them.
+        scheme: of the target, which says whether a graph output that layers read too is handed out as it is or as they read it.
     """
     source = source.with_copies(table.copies)
     types = infer_types(source, samples.shapes, samples.inputs)
@@ -37,12 +44,21 @@ def simulate(
     if types.batch is not None:
         samples = samples.taken(np.arange(-(-count // types.batch) * types.batch) % count)
     stream = model.stream(samples.inputs, table)
+    quantize = quantizing(table)
+    made: dict[str, list[torch.Tensor]] = {name: [] for name in source.graph.outputs if name in table and scheme.results != "all"}
+
+    def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name in made:
+            made[name].append(tensor.clone())
+        return quantize(name, tensor)
+
     for piece in model.pieces:
-        stream.advance(model.run(piece, stream, table))
+        constants = model.constants(piece, table)
+        stream.advance(run_piece(piece, stream.of(piece.block.inputs), constants, stream.passes, observe, table))
     found: dict[str, np.ndarray] = {}
     for name, kept in stream.of(source.graph.outputs).items():
         value = unpacked(kept)
-        parts = value if isinstance(value, Parts) else [value]
+        parts = made.get(name) or (value if isinstance(value, Parts) else [value])
         arrays = [part.cpu().numpy() if isinstance(part, torch.Tensor) else runtime.as_array(part) for part in parts]
         joined = runtime.joined([array[np.newaxis] for array in arrays] if runtime.takes_each(source.axes) else arrays)
         found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined

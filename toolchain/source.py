@@ -24,6 +24,7 @@ from .quant_table import Copy
 from .raising import MIN_OPSET, opset_of
 from .single_precision import in_float32
 from .stored import StoredWeight, find_stored, lift_weights
+from .unfusing import is_for_one_cpu
 
 QUANTIZED_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger")
 Shape = tuple[int | None, ...]
@@ -33,6 +34,12 @@ _FEW, _SMALL = 4, 8  # samples, and the size of other open axes, where it is onl
 # Axes that are called so may count the parts of one sample.
 _STEPS = re.compile(r"seq|time|len|frame|step|token|point|node|edge|word|char|^[tl]$", re.IGNORECASE)
 _LARGE = 1024  # elements; shape inference needs the values of shapes and axes, never those of weights
+
+
+_FOR_ONE_CPU = (
+    "the file was saved by ONNX Runtime as it is optimised for one kind of CPU (nchwc): its convolutions cannot be quantized; give the "
+    "model that it was made from, or save it with ORT_ENABLE_BASIC"
+)
 
 
 @dataclass(frozen=True)
@@ -216,6 +223,7 @@ def _loaded(path: Path) -> SourceModel:
     changes = [f"the model was raised from opset {opset} to {MIN_OPSET}"] if opset < MIN_OPSET else []
     changes += ["the model was brought from double precision to float32"] if "double" in kinds else []
     notes = (f"{' and '.join(kinds)} values are computed in float32; graph inputs and outputs keep their types",) if kinds else ()
+    notes += (_FOR_ONE_CPU,) if is_for_one_cpu(model.graph) else ()
     shelf = large.Shelf() if large.weight_bytes(model) > large.OUTSIDE else None
     model = normalised(model, path, shelf.folder if shelf is not None else None)
     if shelf is None and large.weight_bytes(model) > large.OUTSIDE:  # made by nodes that were folded

@@ -52,8 +52,9 @@ class ValidationReport:
     `simulation` compares the deployed file with the torch simulation and `unfused` with its own unoptimised execution, through the whole
     network; `integer_arithmetic` does so operator by operator, and `simulated_arithmetic` compares the file as it is written with the
     simulation on every value. `lost` counts the samples that only the float model gets right, `won` those that only the quantized one does.
-    `nan_samples` counts those on which an output of the float model has a NaN, which says nothing of the quantized one.
-    `outcomes` keeps for each sample (see `outcomes`) whether the quantized model's class is the label, or the float model's without labels.
+    `has_labels` says whether the samples came with labels, which a model without a class output leaves unused; `nan_samples` counts those
+    on which an output of the float model has a NaN, which says nothing of the quantized one. `outcomes` keeps for each sample (see
+    `outcomes`) whether the quantized model's class is the label, or the float model's without labels.
     """
 
     provider: str
@@ -77,6 +78,7 @@ class ValidationReport:
     kernels: Mapping[str, int]
     float_operators: tuple[FloatOperator, ...] = ()
     outcomes: str | None = None
+    has_labels: bool = False
     nan_samples: int = 0
 
     @property
@@ -133,17 +135,19 @@ def validate(
     unfused = runtime.run(runtime.session(quantized, provider, Optimization.NONE), samples.inputs) if as_written else None
     head = class_output(reference, samples.count)
     labels = samples.labels
-    if labels is not None and head is not None:
+    if labels is not None and head is not None and has_scores(reference[head]):
         check_labels(labels, reference[head].shape[1], "labels")
     scored = labels if head is not None else None
 
     def accuracy(outputs: Mapping[str, np.ndarray] | None, k: int) -> float | None:
-        if scored is None or head is None or outputs is None or outputs[head].shape[1] < k:
+        if scored is None or head is None or outputs is None:
             return None
-        return top_k(outputs[head], scored, k)
+        if not has_scores(outputs[head]):
+            return float((predicted(outputs[head]) == scored).mean() * 100) if k == 1 else None
+        return top_k(outputs[head], scored, k) if outputs[head].shape[1] >= k else None
 
-    right = [outputs[head].argmax(1) == scored for outputs in (reference, outputs)] if scored is not None and head is not None else None
-    same = reference[head].argmax(1) == outputs[head].argmax(1) if head is not None else None
+    right = [predicted(outputs[head]) == scored for outputs in (reference, outputs)] if scored is not None and head is not None else None
+    same = predicted(reference[head]) == predicted(outputs[head]) if head is not None else None
     counted = right[1] if right is not None else same
     executed = runtime.optimized(quantized, provider)
     return ValidationReport(
@@ -168,6 +172,7 @@ def validate(
         kernels=dict(sorted(Counter(node.op_type for node in executed.node).items())),
         float_operators=float_operators(executed),
         outcomes=pack(counted) if counted is not None else None,
+        has_labels=labels is not None,
         nan_samples=_nan_samples(reference, samples.count),
     )
 
@@ -187,12 +192,20 @@ def _nan_samples(outputs: Mapping[str, np.ndarray], count: int) -> int:
 
 
 def class_output(outputs: Mapping[str, np.ndarray], count: int) -> str | None:
-    """The first output that scores classes: [N, C] with C > 1."""
-    return next((name for name, array in outputs.items() if _scores(array, count)), None)
+    """The first output that scores classes: [N, C] with C > 1; of a model without float outputs else the first that names them: [N]."""
+    scores = (name for name, array in outputs.items() if has_scores(array) and array.shape[0] == count and array.dtype.kind in "fiu")
+    names = (name for name, array in outputs.items() if array.shape in ((count,), (count, 1)))
+    return next(scores, next(names, None) if all(array.dtype.kind in "iub" for array in outputs.values()) else None)
 
 
-def _scores(array: np.ndarray, count: int) -> bool:
-    return array.ndim == 2 and array.shape[0] == count and array.shape[1] > 1 and array.dtype.kind in "fiu"
+def has_scores(array: np.ndarray) -> bool:
+    """Whether a class output is [N, C] with C > 1: scores, and not the classes themselves."""
+    return array.ndim == 2 and array.shape[1] > 1
+
+
+def predicted(array: np.ndarray) -> np.ndarray:
+    """The classes [N] that a class output says."""
+    return array.argmax(1) if has_scores(array) else array.reshape(-1)
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
@@ -203,7 +216,7 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
 
 def agreement(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None) -> float | None:
     """Percent of equal predictions."""
-    return float((a[head].argmax(1) == b[head].argmax(1)).mean() * 100) if head is not None else None
+    return float((predicted(a[head]) == predicted(b[head])).mean() * 100) if head is not None else None
 
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:

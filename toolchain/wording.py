@@ -165,7 +165,8 @@ def _accuracy(v: dict[str, Any]) -> str:
         parts.append(f"{v['agreement']:.2f} % the same prediction as float")
     parts.append(f"SQNR {decibel(worst_sqnr(v))}")
     nowhere = f", of which the float model makes NaN on {v['nan_samples']:,}" if v.get("nan_samples") else ""
-    return f"{'; '.join(parts)}; {counted(v['samples'], 'sample')} of {v['evaluated_on']}{nowhere}"
+    unused = "; labels not used: no output scores or names classes" if v.get("has_labels") and v["top1_float"] is None else ""
+    return f"{'; '.join(parts)}; {counted(v['samples'], 'sample')} of {v['evaluated_on']}{nowhere}{unused}"
 
 
 def _speed(v: dict[str, Any], target: str, cover: dict[str, Any]) -> str:

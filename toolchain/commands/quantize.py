@@ -207,7 +207,7 @@ def _quantize(
     if mode.encodings is not None:
         learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention)
         write_text(encodings.dumps(learned), mode.encodings)
-    checked = _validated(model, output, source, quantized, exported, evaluation, config.device)
+    checked = _validated(model, output, source, quantized, exported, evaluation, config)
     limit = {True: None, False: 0.0, None: _SENSITIVITY_SHARE * (time.perf_counter() - started)}[mode.sensitivity]
     with terminal.progress_on(shown.log) as progress:
         fits, layers = examine(source, quantized, evaluation, limit, progress)
@@ -240,7 +240,7 @@ def _validated(
     quantized: "Quantized",
     exported: "onnx.ModelProto",
     evaluation: "Samples",
-    device: str,
+    config: Config,
 ) -> "ValidationReport":
     """The written file against the float model, and against what was learned."""
     import torch
@@ -251,10 +251,10 @@ def _validated(
     from ..validation import validate
 
     table, islands = quantized.table, quantized.islands
-    simulated = simulate(source, table, evaluation, torch.device(quantized.device), islands)
+    simulated = simulate(source, table, evaluation, torch.device(quantized.device), islands, config.scheme)
     few = few_samples(source, evaluation, _EXACTNESS_SAMPLES)
     exactness = check_simulation(exported, table, simulated_values(source, table, few, islands), few.inputs)
-    return validate(model, output, evaluation, large.file_bytes(model), device, simulated, exactness)
+    return validate(model, output, evaluation, large.file_bytes(model), config.device, simulated, exactness)
 
 
 def _show_plan(source: "SourceModel", rows: "tuple[BlockRow, ...]", config: Config, memory: str, shown: Shown) -> None:
