@@ -1,6 +1,7 @@
 """Outputs that are no plain float arrays: infinite numbers, strings, sequences, maps from class to score, constants."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,9 +18,10 @@ from toolchain.report import validation_report
 from toolchain.run_folder import digest
 from toolchain.samples import Samples
 from toolchain.validation import class_output, parity, sqnr, validate
-from toolchain.wording import headline
+from toolchain.wording import faster_remedy, headline
 
 INF = np.inf
+CONFIG = {"target": "ort-cpu", "weight-bits": 4, "activation-bits": 8, "number-format": "int"}
 
 
 def test_maps_are_rows_of_scores_and_unequal_sequences_flat() -> None:
@@ -74,7 +76,7 @@ def test_samples_without_a_result_are_counted(tmp_path: Path) -> None:
     inputs[[1, 3], 2] = -1
     checked = validate(path, path, Samples({"x": inputs}), float_bytes=1)
     assert checked.nan_samples == 2
-    facts = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": {"target": "ort-cpu"}}
+    facts: dict[str, Any] = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": CONFIG}
     line = dict(headline(facts | {"coverage": {"weights_quantized": 0}}))
     assert line["accuracy"].endswith("; 5 samples of data, of which the float model makes NaN on 2")
 
@@ -107,9 +109,22 @@ def test_labels_that_no_output_has_a_use_for_are_said_to_be_unused(tmp_path: Pat
     path = tmp_path / "model.onnx"
     onnx.save(b.model(b.op("Reshape", b.linear("x", 6, 4), b.constant("shape", np.array([0, 2, 2], np.int64)))), path)
     checked = validate(path, path, Samples({"x": np.ones((3, 6), np.float32)}, np.zeros(3, np.int64)), float_bytes=1)
-    facts = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": {"target": "ort-cpu"}}
+    facts: dict[str, Any] = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": CONFIG}
     line = dict(headline(facts | {"coverage": {"weights_quantized": 0}}))
     assert line["accuracy"].endswith("3 samples of data; labels not used: no output scores or names classes")
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_told"), [({}, True), ({"activation-bits": 32}, False), ({"target": "qnn"}, False), ({"number-format": "fp8"}, False)]
+)
+def test_a_file_that_is_slower_has_weights_alone_suggested(changes: dict[str, Any], is_told: bool) -> None:
+    """Integer kernels of three-dimensional convolutions with few channels are slower than those in float."""
+    latency = {"batch": 1, "float_ms": 1.0, "quantized_ms": 2.5}
+    v = {"latency": latency, "integer_operators": 5}
+    facts = {"validation": v, "config": CONFIG | changes, "coverage": {"weights_quantized": 1}}
+    assert faster_remedy(facts) == ("-p w4a32 is as small, and computes in float" if is_told else "")
+    latency["quantized_ms"] = 1.1
+    assert faster_remedy(facts) == ""
 
 
 def test_signal_to_noise_of_what_is_no_number() -> None:

@@ -23,6 +23,7 @@ from .wording import (
     decibel,
     duration,
     faster,
+    faster_remedy,
     figure,
     float_layers,
     headline,
@@ -55,6 +56,8 @@ def summary(report: dict[str, Any]) -> Group:
     ]
     if verdict["ship"] == "no":
         lines.append(("next", escape(remedy(report))))
+    if hint := faster_remedy(report):
+        lines.append(("next", escape(hint)))
     reasons: dict[str, list[str]] = {}
     for unit in report["units"]:
         if unit["reason"] is not None:

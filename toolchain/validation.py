@@ -18,7 +18,12 @@ from .outcomes import pack
 from .runtime import Optimization
 from .samples import Samples, check_labels
 
-_HEAVY = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+_HEAVY = frozenset(
+    {
+        *("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Einsum"),
+        *("Attention", "MultiHeadAttention", "GroupQueryAttention", "LSTM", "GRU", "RNN", "If", "Loop", "Scan"),
+    }
+)
 _LATENCY_SECONDS = 2.0
 _LATENCY_RUNS = 100
 
@@ -95,7 +100,7 @@ class ValidationReport:
 
     @property
     def float_layers(self) -> dict[str, int]:
-        """Convolutions and matrix products that the optimised graph computes in float."""
+        """Operators with products in them (control flow may have some) that the optimised graph computes in float, and how many."""
         return {kind: count for kind, count in self.kernels.items() if kind in _HEAVY}
 
 

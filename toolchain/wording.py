@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _MOST_BLOCKS = 8
+_SLOWER = 1.2  # times as long as the float model: below that, runs on a busy machine differ as much
 _OTHER_RUNTIMES = ("tensorrt", "openvino", "qnn")
 
 
@@ -154,6 +155,16 @@ def remedy(report: dict[str, Any]) -> str:
     if best is None or (config["preset"] == "best" and "iterations" not in config):
         return text
     return f"{text}; --preset best would reconstruct for about {duration(best)} here"
+
+
+def faster_remedy(report: dict[str, Any]) -> str:
+    """What to try where the integer kernels of ONNX Runtime are slower than its float ones; nothing where they are not, or were not run."""
+    v, config, cover = report["validation"], report["config"], report["coverage"]
+    is_slow = v["latency"]["quantized_ms"] > _SLOWER * v["latency"]["float_ms"] and v["integer_operators"] > 0
+    is_unpacked = cover.get("stored_quantized", 0) > cover["weights_quantized"]
+    if not is_slow or is_unpacked or config["target"] != "ort-cpu" or config["activation-bits"] == 32 or config["number-format"] != "int":
+        return ""
+    return f"-p w{config['weight-bits']}a32 is as small, and computes in float"
 
 
 def _accuracy(v: dict[str, Any]) -> str:
