@@ -82,8 +82,8 @@ def multi_head_attention(view: NodeView) -> Operator:
         view.refuse("it is causal or has a cache")
     if not (view.has(1) and view.has(2)) or any(view.rank(index) != 3 for index in range(3)):
         view.refuse("its query, key and value are packed")
-    if view.has(4) and view.rank(4) != 2:
-        view.refuse("its padding mask is not [N, keys]")
+    if view.has(4) and view.rank(4) not in (1, 2):
+        view.refuse("its padding mask is neither [N, keys] nor lengths [N]")
     hidden = attrs.get("mask_filter_value", -10000.0)
 
     def call(
@@ -97,7 +97,7 @@ def multi_head_attention(view: NodeView) -> Operator:
         if bias is not None:
             first, second, third = bias.split([q.shape[-1], k.shape[-1], v.shape[-1]])
             q, k, v = q + first, k + second, v + third
-        return _merged(q, k, v, heads, scale, _padding(mask, hidden, q.dtype), added)
+        return _merged(q, k, v, heads, scale, _padding(mask, hidden, k), added)
 
     return Operator(call, view.inputs)
 
@@ -123,7 +123,7 @@ def attention(view: NodeView) -> Operator:
     ) -> torch.Tensor:
         packed = x @ weight if bias is None else x @ weight + bias
         q, k, v = packed.chunk(3, dim=-1)
-        return _merged(q, k, v, heads, scale, _padding(mask, hidden, x.dtype), added)
+        return _merged(q, k, v, heads, scale, _padding(mask, hidden, k), added)
 
     return Operator(call, view.inputs)
 
@@ -153,9 +153,13 @@ def embed_layer_normalization(view: NodeView) -> Operator:
     return Operator(call, view.inputs)
 
 
-def _padding(mask: torch.Tensor | None, hidden: float, dtype: torch.dtype) -> torch.Tensor | None:
-    """What a mask [N, keys] (1: real, 0: padding) adds to the scores."""
-    return None if mask is None else ((1 - mask.to(dtype)) * hidden)[:, None, None]
+def _padding(mask: torch.Tensor | None, hidden: float, keys: torch.Tensor) -> torch.Tensor | None:
+    """What a mask [N, keys] (1: real, 0: padding), or one of lengths [N], adds to the scores of keys [N, keys, C]."""
+    if mask is None:
+        return None
+    if mask.dim() == 1:
+        mask = torch.arange(keys.shape[1], device=mask.device) < mask.unsqueeze(1)
+    return ((1 - mask.to(keys.dtype)) * hidden)[:, None, None]
 
 
 def _merged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, scale: float, *biases: torch.Tensor | None) -> torch.Tensor:
