@@ -42,7 +42,14 @@ _WIDEST = 16.0  # octaves that a factor may be from 1: weights stay normal float
 _COMPARED, _LEAST = 4, 60.0  # samples, and dB: float32 rounds at 140
 _MARK = "mrecg_onnx.equalized"  # of the precision, in the metadata
 _REARRANGEMENTS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Identity")
-_NORMALIZATIONS = ("LayerNormalization", "RMSNormalization")
+# The inputs of a normalization that scale and shift its result; those of ONNX Runtime's optimizer add what they normalize themselves.
+_NORMALIZATIONS = {
+    "LayerNormalization": slice(1, 3),
+    "RMSNormalization": slice(1, 2),
+    "SimplifiedLayerNormalization": slice(1, 2),
+    "SkipLayerNormalization": slice(2, 4),
+    "SkipSimplifiedLayerNormalization": slice(2, 3),
+}
 
 
 @dataclass(frozen=True)
@@ -266,13 +273,13 @@ def _carriers(source: SourceModel, value: str) -> tuple[str, ...]:
     """
     graph = source.graph
     node = graph.producer.get(value)
-    if node is None or not node.is_standard or node.outputs[0] != value:
+    if node is None or node.outputs[0] != value:
         return ()
     if node.op_type in _NORMALIZATIONS:
         axis = next((a.i for a in source.node_protos[node.name].attribute if a.name == "axis"), -1)
-        constants = tuple(name for name in node.inputs[1:] if name)
+        constants = tuple(name for name in node.inputs[_NORMALIZATIONS[node.op_type]] if name)
         return constants if axis == -1 and all(_is_vector(source, name) for name in constants) else ()
-    shift = _vector(source, node) if node.op_type == "Add" else None
+    shift = _vector(source, node) if node.op_type == "Add" and node.is_standard else None
     if shift is not None:
         (value,) = graph.data_inputs(node)
         node = graph.producer.get(value)
