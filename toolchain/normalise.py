@@ -10,6 +10,7 @@ from onnx import inliner, numpy_helper
 
 from . import large, runtime
 from .errors import UnsupportedModelError
+from .folding import fold_channels
 from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
 from .protos import inferred_shapes, referenced, rename_values, subgraphs
@@ -99,6 +100,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _free_names(model.graph)
     unfuse(model.graph)
     capture_constants(model.graph)
+    fold_channels(model.graph)
     join_biases(model)
     split_sums(model.graph)
     spread_biases(model.graph)

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from . import large
 from .graph import BIAS_INPUT, ONNX_DOMAINS
 from .protos import inferred_shapes, referenced, replace_nodes, value_names
 
@@ -90,7 +91,7 @@ def spread_biases(graph: onnx.GraphProto) -> None:
         if beta == 0.0:
             del node.input[2]
         elif (beta != 1.0 or (size == 1 and list(bias.dims) != [width])) and name not in taken:
-            spread = np.float32(beta) * numpy_helper.to_array(bias)
+            spread = np.float32(beta) * large.array(bias)
             graph.initializer.append(numpy_helper.from_array(np.full(width, spread, np.float32) if size == 1 else spread, name))
             node.input[2] = name
         else:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from . import large
 from .protos import referenced, replace_nodes, value_names
 
 _FUSED = "com.microsoft"
@@ -90,7 +91,7 @@ class _Editor:
         names = self._names(node, "weight") if tensor is not None and len(tensor.dims) > 1 and not is_turned else {}
         if tensor is None or not names:
             return None
-        weight = numpy_helper.to_array(tensor)
+        weight = large.array(tensor)
         weight = weight.swapaxes(-1, -2) if attributes.get("transB", 0) else weight
         scaled = self._constant(names["weight"], np.ascontiguousarray(weight * weight.dtype.type(attributes.get("alpha", 1.0))))
         return [helper.make_node("MatMul", [node.input[0], scaled], node.output, node.name)]
