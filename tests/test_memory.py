@@ -21,7 +21,7 @@ from toolchain import memory, pipeline, survey
 from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.errors import DeviceMemoryError, StorageError, UsageError
-from toolchain.memory import Demand, Room
+from toolchain.memory import Demand, Room, readable
 from toolchain.torch_import import TorchBlock
 
 CPU = torch.device("cpu")
@@ -99,6 +99,18 @@ def test_caches_grow_with_samples_and_work_with_the_batch(tmp_path: Path) -> Non
     assert demand(64, 8).caches == 64 * 2 * 8 * 8 * 8 * (4 + 1)
     assert demand(32, 8).caches * 2 == demand(64, 8).caches
     assert demand(64, 64).work > demand(64, 32).work
+
+
+def test_the_estimate_says_what_joined_blocks_may_take(tmp_path: Path) -> None:
+    source, samples, config = zoo.loaded(zoo.resnet((2, 2, 2, 2)), tmp_path), zoo.images(8, (3, 64, 64)), Config(device="cpu", batch_size=8)
+    found = survey.survey(source, samples, config)
+    pairs, threes = (survey.expected_memory(source, samples, found, dataclasses.replace(config, max_group=most)) for most in (2, 3))
+    assert pairs.work < pairs.joined < threes.joined
+    assert f"up to {readable(threes.joined)} where blocks are joined" in threes.describe(None)
+    for alone in ({"units": "none"}, {"algorithm": "adaround"}, {"max_group": 1}):
+        demand = survey.expected_memory(source, samples, found, dataclasses.replace(config, **alone))
+        assert demand.joined == 0
+        assert "joined" not in demand.describe(None)
 
 
 @pytest.mark.parametrize(

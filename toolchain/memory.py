@@ -34,8 +34,9 @@ _WEIGHT_FLOATS = 13
 class Demand:
     """The estimate of a run's peak, in bytes: what is resident already, the cached activations, and the work beside them.
 
-    `where` is the block whose work takes the most. `device` is None on the CPU; else it is what a device has for cached activations beside
-    the work, which is done there: only the others are in the host's memory.
+    `where` is the block whose work takes the most; `joined` is the work of the largest unit that blocks may be joined to, which is known
+    once they are measured. `device` is None on the CPU; else it is what a device has for cached activations beside the work, which is
+    done there: only the others are in the host's memory.
     """
 
     taken: int
@@ -43,6 +44,7 @@ class Demand:
     work: int
     where: str
     device: float | None = None
+    joined: int = 0
 
     @property
     def total(self) -> int:
@@ -71,6 +73,7 @@ class Demand:
         parts = f"{readable(self.taken)} in use, {readable(kept)} cached activations"
         if self.device is None:
             parts += f", {readable(self.work)} work on {self.where}"
+            parts += f", up to {readable(self.joined)} where blocks are joined" if self.joined > self.work else ""
         else:
             parts += f"; on the device {readable(self.caches - kept)} of them, {readable(self.work)} work on {self.where}"
         if kept <= room:
@@ -98,6 +101,7 @@ def demand(
     pass_size: int,
     float_bytes: int = _FLOAT,
     device: torch.device = CPU,
+    units: Sequence[Block] = (),
 ) -> Demand:
     """Estimate the memory of a reconstruction.
 
@@ -111,9 +115,15 @@ def demand(
         pass_size: samples in a forward pass.
         float_bytes: of an element in a cached activation that is on no grid.
         device: where it is done.
+        units: what blocks may be joined to.
     """
     sizes = {name: _FLOAT * math.prod(shape) for name, shape in types.shapes.items()}
     inputs = sum(sizes.get(name, 0) for name in source.graph.inputs)
+
+    def work_on(block: Block) -> int:
+        size = min(batch(max((sizes.get(name, 0) for name in block.values), default=0) // _FLOAT), samples)
+        return _work(source, block, sizes, placement.activations.keys(), size, min(pass_size, samples))
+
     alive, caches, work, where = set(source.graph.inputs), 0, 0, blocks[0].name
     for block, dead in zip(blocks, last_reads([block.nodes for block in blocks], source.graph), strict=True):
         alive |= set(block.outputs)
@@ -122,15 +132,15 @@ def demand(
             caches, samples * sum(count * (float_bytes + _code_bytes(placement, name, float_bytes)) for name, count in elements.items())
         )
         alive -= dead
-        size = min(batch(max((sizes.get(name, 0) for name in block.values), default=0) // _FLOAT), samples)
-        found = _work(source, block, sizes, placement.activations.keys(), size, min(pass_size, samples))
+        found = work_on(block)
         if found > work:
             work, where = found, block.name
     chosen = samples * inputs  # the samples that were drawn, beside those that were read
     weights = sum(array.nbytes for array in source.constants.values())
     # As arrays and as codes; where the weights are outside, only their codes are held, in the table and in the file that is made of it.
     held = 2 * weights if source.shelf is None else weights // 2
-    return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where, _device_room(device, work))
+    joined = max(map(work_on, units), default=0)
+    return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where, _device_room(device, work), joined)
 
 
 def _code_bytes(placement: Placement, name: str, otherwise: int) -> int:

@@ -3,15 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from . import capacity
 from .activations import LARGEST_CHUNK, chunk, largest
-from .config import Config
+from .config import LAYERWISE, Config
 from .device import pick_device
 from .errors import UsageError, near_misses
 from .importing import cut_blocks
 from .islands import IslandRow, find_islands, island_rows
 from .memory import Demand, demand
 from .packing import FLOAT_TYPES
-from .partition import Block
+from .partition import Block, merge
 from .placement import place
 from .plan import BlockRow, Plan, block_rows, make_plan
 from .samples import Samples, check_labels
@@ -53,9 +54,25 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
     placement = place(source, types, config.scheme, config.precision, match_nodes(source.graph, config.keep_float))
     size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
     float_bytes, device = FLOAT_TYPES[config.cache_dtype].itemsize, pick_device(config.device)
-    expected = demand(source, types, blocks, placement, count, config.batch, size, float_bytes, device)
+    units = _possible_units(source, found.rows, config)
+    expected = demand(source, types, blocks, placement, count, config.batch, size, float_bytes, device, units)
     expected.room_in(config.memory)
     return expected
+
+
+def _possible_units(source: SourceModel, rows: Sequence[BlockRow], config: Config) -> list[Block]:
+    """The largest that blocks may be joined to from each of them on; none where they are not joined."""
+    if not config.learns or config.algorithm in LAYERWISE or config.units in ("none", "manual"):
+        return []
+    allowed = capacity.mergeable([row.traits for row in rows], cross_stage=config.cross_stage)
+    found = []
+    for start in range(len(rows)):
+        end = start
+        while end in allowed and end - start < config.most_blocks - 1:
+            end += 1
+        if end > start:
+            found.append(merge(source.graph, [row.block for row in rows[start : end + 1]]))
+    return found
 
 
 def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
