@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tests import zoo
 from toolchain import runtime
+from toolchain.folding import fold_channels
 from toolchain.source import SourceModel
 
 IMAGES = {"x": np.random.default_rng(0).normal(size=(2, 3, 1, 7)).astype(np.float32)}
@@ -85,3 +86,11 @@ def test_what_others_read_stays_as_it_is(reader: str, tmp_path: Path) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info("other", onnx.TensorProto.FLOAT, None))
     _, kinds = loaded(model, tmp_path)
     assert ("Mul" in kinds) == (reader == "value")
+
+
+def test_nodes_without_names_are_told_apart() -> None:
+    model = sequence(["Add", "Mul"], [CHANNELS.reshape(1, 4, 1)] * 2, ["Squeeze"])
+    for node in model.graph.node:
+        node.name = ""
+    fold_channels(model.graph)
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Squeeze", "Tanh"]

@@ -23,8 +23,8 @@ def fold_channels(graph: onnx.GraphProto) -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
     producer = {node.output[0]: node for node in graph.node if len(node.output) == 1}
-    folded: set[str] = set()
-    for node in graph.node:
+    folded: set[int] = set()
+    for position, node in enumerate(graph.node):
         if node.op_type not in ("Add", "Mul") or node.domain not in ONNX_DOMAINS:
             continue
         computed, constants = ([name for name in node.input if (name in tensors) == is_constant] for is_constant in (False, True))
@@ -38,8 +38,8 @@ def fold_channels(graph: onnx.GraphProto) -> None:
             continue
         moves[-1].output[0] = node.output[0]
         producer[node.output[0]] = moves[-1]
-        folded.add(node.name)
-    replace_nodes(graph, [node for node in graph.node if node.name not in folded])
+        folded.add(position)
+    replace_nodes(graph, [node for position, node in enumerate(graph.node) if position not in folded])
 
 
 def _layer_of(
