@@ -49,7 +49,7 @@ def simulate(
 
     def observe(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if name in made:
-            made[name].append(tensor.clone())
+            made[name].append(tensor.to("cpu", copy=True))
         return quantize(name, tensor)
 
     for piece in model.pieces:
