@@ -176,3 +176,19 @@ def test_weights_that_meet_shapes_only_are_on_their_grids(tmp_path: Path) -> Non
     by_file = runtime.run(runtime.session(exported, optimization=Optimization.NONE), samples.inputs)[output]
     # The same arithmetic: 22 dB with the projection in float, 60 with a rounding tie or two.
     assert sqnr(simulate(source, table, samples, torch.device("cpu"))[output], by_file) > 60
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "qnn"])
+def test_outputs_that_layers_read_too_are_compared_as_they_are_handed_out(target: str, tmp_path: Path) -> None:
+    """A cache of keys: float in front of its quantizer, or (qnn) on its grid."""
+    b = zoo.Builder({"x": ["N", 8]})
+    keys = b.op("MatMul", "x", b.weight("k", (8, 8), 8))
+    model = b.model(b.op("MatMul", keys, b.weight("v", (8, 4), 8)), keys)
+    samples = Samples({"x": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)})
+    options: dict[str, Any] = {"weight_bits": 4, "activation_bits": 4, "first_last_bits": "same", "target": target}
+    source, table, exported = made(model, tmp_path, samples, **options)
+    assert keys in table
+    by_file = runtime.run(runtime.session(exported, optimization=Optimization.NONE), samples.inputs)
+    simulated = simulate(source, table, samples, torch.device("cpu"), scheme=Config(target=target).scheme)
+    # The same arithmetic in another order; the value behind a 4-bit grid is 19 dB away.
+    assert all(sqnr(simulated[name], array) > 90 for name, array in by_file.items())
