@@ -44,6 +44,12 @@ def test_a_past_without_positions_is_no_lack_of_samples(tmp_path: Path) -> None:
     assert samples.count == 4
 
 
+def test_strings_as_objects_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", words=np.array(["a", "b"], object))
+    with pytest.raises(DataError, match=r"save strings as array.astype\('U'\)"):
+        load(tmp_path / "s.npz", InputSpec("words", np.dtype(object), ("N",)))
+
+
 def test_several_inputs(tmp_path: Path) -> None:
     np.savez(tmp_path / "s.npz", a=np.zeros((4, 2), np.float32), b=np.zeros((4, 3), np.float32))
     samples = load(tmp_path / "s.npz", *PAIR)

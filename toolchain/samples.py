@@ -209,7 +209,8 @@ def _from_file(path: Path, specs: Sequence[InputSpec], option: str) -> Samples:
     except FileNotFoundError:
         raise DataError(f"{option} {path}: no such file") from None
     except Exception as error:  # zip, pickle, header and OS errors alike: the file is not what NumPy wrote
-        raise DataError(f"{option} {path}: cannot be read as .npz or .npy: {error}") from error
+        advice = "; save strings as array.astype('U')" if "allow_pickle" in str(error) else ""
+        raise DataError(f"{option} {path}: cannot be read as .npz or .npy: {error}{advice}") from error
     if isinstance(arrays, dict):
         labels = arrays.pop(LABELS, None)
         return Samples(arrays, labels)
