@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import zoo
+from toolchain import config as config_module
 from toolchain import encodings
 from toolchain.config import Config
 from toolchain.errors import UsageError
@@ -91,6 +92,17 @@ def test_the_table_is_that_of_one_process(algorithm: str, count: int, tmp_path: 
                 assert np.mean(again.codes != grid.codes) < 0.01  # close calls
                 assert np.array_equal(again.codes, np.asarray(results[0].table[name].codes))
         assert [result.loss_after for result in found.results] == pytest.approx([r.loss_after for r in alone.results], rel=0.02)
+
+
+def test_processes_share_whole_mini_batches_however_large_a_sample_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, a unit with large values takes 4 samples, of which 8 processes could not have one each."""
+    monkeypatch.setattr(config_module, "_BATCH_FLOATS", 32)
+    config = Config(device="cpu", iterations=4)
+    (tmp_path / "alone").mkdir()
+    alone = quantize(zoo.loaded(zoo.tiny_resnet(), tmp_path / "alone"), zoo.images(48), config)
+    assert {result.batch_size for result in alone.results} == {4}
+    shared = together(tmp_path, 2, config)
+    assert {result.batch_size for found in shared for result in found.results} == {32}
 
 
 @given(st.integers(2, 4), st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**31))

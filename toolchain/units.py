@@ -67,6 +67,8 @@ def reconstruct(
             outputs = units.run(piece, quantized, table)
         elif weights:
             assert isinstance(piece, TorchBlock)
+            # Processes share what they were checked for to divide among them: the whole mini-batch.
+            size = largest(units.types, piece.block.values) if processes.count == 1 else 1
             inputs, float_inputs, targets = quantized.of(piece.block.inputs), floats.of(piece.block.inputs), made
             if not _alike(inputs, float_inputs):  # shapes that follow from data: aim at what the float unit makes of the same inputs
                 float_inputs, targets = inputs, units.run(piece, quantized)
@@ -85,7 +87,7 @@ def reconstruct(
                 finish=lambda learned, biases=MappingProxyType({}), block=piece.block: with_biases(
                     source, placement, block, retied(placement, learned), biases
                 ),
-                settings=config.settings(has_depthwise(source, piece.block), largest(units.types, piece.block.values)),
+                settings=config.settings(has_depthwise(source, piece.block), size),
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),
                 processes=processes,
