@@ -123,8 +123,9 @@ def test_a_file_that_is_slower_has_weights_alone_suggested(changes: dict[str, An
     v = {"latency": latency, "integer_operators": 5}
     facts = {"validation": v, "config": CONFIG | changes, "coverage": {"weights_quantized": 1}}
     assert faster_remedy(facts) == ("-p w4a32 is as small, and computes in float" if is_told else "")
-    latency["quantized_ms"] = 1.1
-    assert faster_remedy(facts) == ""
+    for float_ms, quantized_ms in ((1.0, 1.1), (0.1, 0.2)):
+        latency |= {"float_ms": float_ms, "quantized_ms": quantized_ms}
+        assert faster_remedy(facts) == ""
 
 
 def test_signal_to_noise_of_what_is_no_number() -> None:
