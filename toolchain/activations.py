@@ -1,6 +1,5 @@
 """A model imported to torch block by block, and the activations of a stream (float or quantized) that are moved through it."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -155,9 +154,11 @@ class TorchModel:
             values[name] = collector.value
         return ActivationCache(values, last_reads([piece.block.nodes for piece in self.pieces], self.source.graph), passes)
 
-    def run(self, piece: Piece, cache: "ActivationCache", table: QuantTable | None = None) -> dict[str, Value]:
-        """A piece's outputs over all samples, in float or (with a table) quantized."""
-        return run_piece(piece, cache.of(piece.block.inputs), self.constants(piece, table), cache.passes, table=table)
+    def run(
+        self, piece: Piece, cache: "ActivationCache", table: QuantTable | None = None, observe: Observer | None = None
+    ) -> dict[str, Value]:
+        """A piece's outputs over all samples, in float or (with a table) quantized; `observe` as in `run_piece`."""
+        return run_piece(piece, cache.of(piece.block.inputs), self.constants(piece, table), cache.passes, observe, table)
 
     def _fed(self, array: np.ndarray) -> Any:
         return array if array.dtype.kind in "OSU" else torch.from_numpy(np.array(array)).to(self.device)
@@ -191,12 +192,7 @@ class ActivationCache:
 
 def chunk(types: ValueTypes) -> int:
     """Samples in a forward pass: as many as keep a processor busy, and no more than the caches and the memory take well."""
-    return min(max(_LARGEST // max(largest(types, types.stacked), 1), 1), LARGEST_CHUNK)
-
-
-def largest(types: ValueTypes, names: Iterable[str]) -> int:
-    """Elements of the largest of some values, for each sample."""
-    return max((math.prod(types.shapes[name]) for name in names if name in types.shapes), default=0)
+    return min(max(_LARGEST // max(types.largest(types.stacked), 1), 1), LARGEST_CHUNK)
 
 
 def observed(name: str, value: Value, observe: Observer) -> Value:

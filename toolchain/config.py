@@ -299,7 +299,7 @@ class Config:
         if self.batch_size is not None:
             return self.batch_size
         fitting = max(_BATCH_FLOATS // max(largest, 1), 1)
-        return min(max(1 << fitting.bit_length() - 1, _LEAST_BATCH), BATCH)  # a power of two, which processes can share
+        return min(max(1 << fitting.bit_length() - 1, _LEAST_BATCH), BATCH)  # a power of two
 
     def settings(self, has_depthwise: bool, largest: int = 1) -> Settings:
         """The hyper-parameters for a unit, with what was left open filled in.

@@ -85,14 +85,19 @@ class Diagnosis:
     evenable: tuple[str, ...] = ()
 
     @property
+    def worst(self) -> float:
+        """The least signal to noise of an output; infinite where there is no noise."""
+        return min(self.outputs.values(), default=float("inf"))
+
+    @property
     def gain_of_float_weights(self) -> float:
         """What the worst output gains, in dB, when all weights are float."""
-        return gained(self.float_weights, min(self.outputs.values(), default=float("inf")))
+        return gained(self.float_weights, self.worst)
 
     @property
     def gain_of_float_activations(self) -> float:
         """What the worst output gains, in dB, when all activations are float."""
-        return gained(self.float_activations, min(self.outputs.values(), default=float("inf")))
+        return gained(self.float_activations, self.worst)
 
 
 def diagnose(

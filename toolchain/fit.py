@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .activations import TorchModel, observed, run_piece
+from .activations import TorchModel, observed
 from .fake_quant import fake_quantize
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .samples import Samples
@@ -67,7 +67,7 @@ def activation_fits(model: TorchModel, table: QuantTable, samples: Samples) -> t
     for name, tensor in stream.of(model.source.graph.inputs).items():
         observed(name, tensor, observe)
     for piece in model.pieces:
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), stream.passes, observe))
+        stream.advance(model.run(piece, stream, observe=observe))
     return tuple(fits.values())
 
 

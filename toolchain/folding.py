@@ -9,7 +9,7 @@ from onnx import TensorProto, numpy_helper
 
 from . import large
 from .graph import ONNX_DOMAINS
-from .protos import referenced, replace_nodes, value_names
+from .protos import read_counts, replace_nodes, value_names
 
 _AXES = ("Squeeze", "Unsqueeze", "Transpose")
 
@@ -21,8 +21,9 @@ def fold_channels(graph: onnx.GraphProto) -> None:
     their biases and normalizations come behind the Squeeze.
     """
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
+    readers = read_counts(graph)
     producer = {node.output[0]: node for node in graph.node if len(node.output) == 1}
+    taken = value_names(graph)
     folded: set[int] = set()
     for position, node in enumerate(graph.node):
         if node.op_type not in ("Add", "Mul") or node.domain not in ONNX_DOMAINS:
@@ -34,7 +35,7 @@ def fold_channels(graph: onnx.GraphProto) -> None:
         if layer is None or not moves or layer.input[1] not in tensors or any(name and name not in tensors for name in layer.input[2:]):
             continue
         values = _by_channel(large.array(tensors[constants[0]]), list(tensors[layer.input[1]].dims), moves, tensors)
-        if values is None or not _fold(node.op_type, layer, values, graph, tensors, readers):
+        if values is None or not _fold(node.op_type, layer, values, graph, tensors, readers, taken):
             continue
         moves[-1].output[0] = node.output[0]
         producer[node.output[0]] = moves[-1]
@@ -96,11 +97,12 @@ def _fold(
     graph: onnx.GraphProto,
     tensors: dict[str, onnx.TensorProto],
     readers: Counter[str],
+    taken: set[str],
 ) -> bool:
     """Change the weight and the bias of a convolution, or give it others where something else reads them; whether names were free."""
     weight, bias = layer.input[1], layer.input[2] if len(layer.input) > 2 else ""
     own = {name: f"{layer.output[0]}_{ending}" for name, ending in ((weight, "weight"), (bias, "bias")) if not name or readers[name] > 1}
-    if not value_names(graph).isdisjoint(own.values()):
+    if not taken.isdisjoint(own.values()):
         return False
     shift = large.array(tensors[bias]) if bias else np.zeros_like(values)
     changed = {bias: shift + values if kind == "Add" else shift * values}
@@ -114,6 +116,7 @@ def _fold(
         else:
             graph.initializer.append(made)
             tensors[new] = graph.initializer[-1]
+            taken.add(new)
             readers[name] -= 1
             readers[new] = 1
     inputs = [layer.input[0], own.get(weight, weight) if kind == "Mul" else weight, own.get(bias, bias)]

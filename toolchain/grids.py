@@ -7,7 +7,7 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from .activations import TorchModel, observed, run_piece
+from .activations import TorchModel, observed
 from .baselines import aciq, lapq
 from .calibration import NORM, Histogram, calibrate_activation, calibrate_bias, calibrate_weight, fit_bias
 from .config import Config
@@ -91,7 +91,7 @@ def observe(model: TorchModel, placement: Placement, samples: Samples, progress:
         observed(name, value, look)
     for position, piece in enumerate(model.pieces):
         progress("calibrating", position, len(model.pieces), float("nan"))
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece), stream.passes, look))
+        stream.advance(model.run(piece, stream, observe=look))
     return placement.scores.limited({name: histogram for name, histogram in histograms.items() if name not in endless})
 
 

@@ -4,7 +4,8 @@ from collections import Counter
 
 import onnx
 
-from .protos import referenced, rename_values, replace_nodes, subgraphs
+from .graph import ONNX_DOMAINS
+from .protos import read_counts, referenced, rename_values, replace_nodes, subgraphs
 
 
 def capture_constants(graph: onnx.GraphProto) -> None:
@@ -14,9 +15,9 @@ def capture_constants(graph: onnx.GraphProto) -> None:
     that anything may become of; captured it is the constant that it is.
     """
     constants = {tensor.name for tensor in graph.initializer}
-    read = Counter([*referenced(graph), *(output.name for output in graph.output)])
+    read = read_counts(graph)
     for node in graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in ("Loop", "Scan"):
+        if node.domain not in ONNX_DOMAINS or node.op_type not in ("Loop", "Scan"):
             continue
         (body,) = subgraphs(node)
         _capture(node, body, constants, read)

@@ -121,7 +121,7 @@ def demand(
     inputs = sum(sizes.get(name, 0) for name in source.graph.inputs)
 
     def work_on(block: Block) -> int:
-        size = min(batch(max((sizes.get(name, 0) for name in block.values), default=0) // _FLOAT), samples)
+        size = min(batch(types.largest(block.values)), samples)
         return _work(source, block, sizes, placement.activations.keys(), size, min(pass_size, samples))
 
     alive, caches, work, where = set(source.graph.inputs), 0, 0, blocks[0].name

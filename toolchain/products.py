@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from . import large
 from .graph import BIAS_INPUT, ONNX_DOMAINS
-from .protos import inferred_shapes, referenced, replace_nodes, value_names
+from .protos import inferred_shapes, read_counts, referenced, replace_nodes, value_names
 
 
 def join_biases(model: onnx.ModelProto) -> None:
@@ -22,7 +22,7 @@ def join_biases(model: onnx.ModelProto) -> None:
     """
     graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    readers = Counter([*referenced(graph), *(output.name for output in graph.output)])
+    readers = read_counts(graph)
     adds = {name: node for node in graph.node if node.op_type == "Add" for name in node.input}
     found: list[tuple[onnx.NodeProto, onnx.NodeProto, str, int]] = []
     for node in graph.node:

@@ -1,5 +1,6 @@
 """Walks over the protobufs of a graph, through the subgraphs that control flow holds in attributes."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import onnx
@@ -21,6 +22,11 @@ def referenced(graph: onnx.GraphProto) -> list[str]:
         for subgraph in subgraphs(node):
             names.extend(referenced(subgraph))
     return names
+
+
+def read_counts(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each value is read: by nodes, in subgraphs too, and as an output of the graph."""
+    return Counter([*referenced(graph), *(output.name for output in graph.output)])
 
 
 def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from . import runtime
-from .activations import Parts, TorchModel, quantizing, run_piece, unpacked
+from .activations import Parts, TorchModel, quantizing, unpacked
 from .config import Config
 from .device import full_float32
 from .importing import cut_blocks
@@ -53,8 +53,7 @@ def simulate(
         return quantize(name, tensor)
 
     for piece in model.pieces:
-        constants = model.constants(piece, table)
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), constants, stream.passes, observe, table))
+        stream.advance(model.run(piece, stream, table, observe))
     found: dict[str, np.ndarray] = {}
     for name, kept in stream.of(source.graph.outputs).items():
         value = unpacked(kept)
@@ -84,7 +83,7 @@ def simulated_values(
         return found
 
     for piece in model.pieces:
-        stream.advance(run_piece(piece, stream.of(piece.block.inputs), model.constants(piece, table), stream.passes, observe))
+        stream.advance(model.run(piece, stream, table, observe))
     return values
 
 

@@ -180,6 +180,10 @@ class ValueTypes:
     others: Mapping[str, onnx.TypeProto] = field(default_factory=dict)
     batch: int | None = None
 
+    def largest(self, names: Iterable[str]) -> int:
+        """Elements of the largest of some values, for each sample; 0 where no shape is known."""
+        return max((math.prod(self.shapes[name]) for name in names if name in self.shapes), default=0)
+
     def with_copies(self, copies: Mapping[str, Copy]) -> "ValueTypes":
         """A copy is what its origin is."""
 

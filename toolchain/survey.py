@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from . import capacity
-from .activations import LARGEST_CHUNK, chunk, largest
+from .activations import LARGEST_CHUNK, chunk
 from .config import LAYERWISE, Config
 from .device import pick_device
 from .errors import UsageError, near_misses
@@ -78,7 +78,7 @@ def _possible_units(source: SourceModel, rows: Sequence[BlockRow], config: Confi
 def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
     """Samples in a forward pass; a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
     crossing = {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
-    return chunk(types) if crossing <= types.stacked else min(LARGEST_CHUNK, config.batch(largest(types, types.stacked)))
+    return chunk(types) if crossing <= types.stacked else min(LARGEST_CHUNK, config.batch(types.largest(types.stacked)))
 
 
 def check_classes(source: SourceModel, samples: Samples, where: str) -> None:

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from . import large
-from .protos import referenced, replace_nodes, value_names
+from .protos import read_counts, replace_nodes, value_names
 
 _FUSED = "com.microsoft"
 _NCHWC = "com.microsoft.nchwc"
@@ -33,6 +33,8 @@ Parts = list[onnx.NodeProto]
 def unfuse(graph: onnx.GraphProto) -> None:
     """Fused convolutions and products with what was fused into them behind them, Attention with its projection before it, embeddings as
     lookups. What is of a kind that is not known, or would make names that are taken, stays."""
+    if not any(node.domain == _FUSED for node in graph.node):
+        return
     editor = _Editor(graph)
     parts = [editor.parts_of(node) if node.domain == _FUSED else None for node in graph.node]
     replace_nodes(graph, [one for node, some in zip(graph.node, parts, strict=True) for one in ([node] if some is None else some)])
@@ -50,7 +52,7 @@ class _Editor:
         self._graph = graph
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._taken = value_names(graph)
-        self._read = {*referenced(graph), *(output.name for output in graph.output)}
+        self._read = read_counts(graph).keys()
         self._ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in (*graph.input, *graph.value_info)}
         embeddings = [node for node in graph.node if node.op_type == "EmbedLayerNormalization" and len(node.output) > 1]
         self._lengths = {node.output[1] for node in embeddings}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import compiled
-from .activations import Parts, Piece, TorchModel, Value, largest
+from .activations import Parts, Piece, TorchModel, Value
 from .baselines.adaquant import adaquant_unit
 from .baselines.bit_split import split_unit
 from .config import Config
@@ -68,7 +68,7 @@ def reconstruct(
         elif weights:
             assert isinstance(piece, TorchBlock)
             # Processes share what they were checked for to divide among them: the whole mini-batch.
-            size = largest(units.types, piece.block.values) if processes.count == 1 else 1
+            size = units.types.largest(piece.block.values) if processes.count == 1 else 1
             inputs, float_inputs, targets = quantized.of(piece.block.inputs), floats.of(piece.block.inputs), made
             if not _alike(inputs, float_inputs):  # shapes that follow from data: aim at what the float unit makes of the same inputs
                 float_inputs, targets = inputs, units.run(piece, quantized)
@@ -131,7 +131,7 @@ def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
         return False
     values = {name for piece in _learning(units.pieces, table) for node in piece.block.nodes for name in node.outputs if name in table}
     elements = sum(math.prod(units.types.shapes[name]) for name in values if name in units.types.shapes)
-    settings = config.settings(has_depthwise=False, largest=largest(units.types, values))
+    settings = config.settings(has_depthwise=False, largest=units.types.largest(values))
     if config.compile == "auto" and not (
         units.device.type == "cpu" and compiled.is_worth(settings.iterations, settings.batch_size * elements)
     ):

@@ -161,13 +161,12 @@ def remedy(report: dict[str, Any]) -> str:
 
 def faster_remedy(report: dict[str, Any]) -> str:
     """What to try where the integer kernels of ONNX Runtime are slower than its float ones; nothing where they are not, or were not run."""
-    v, config, cover = report["validation"], report["config"], report["coverage"]
+    v, config = report["validation"], report["config"]
     latency = v["latency"]
-    is_slow = latency["float_ms"] >= _EARNEST and latency["quantized_ms"] > _SLOWER * latency["float_ms"] and v["integer_operators"] > 0
-    is_unpacked = cover.get("stored_quantized", 0) > cover["weights_quantized"]
-    if not is_slow or is_unpacked or config["target"] != "ort-cpu" or config["activation-bits"] == 32 or config["number-format"] != "int":
-        return ""
-    return f"-p w{config['weight-bits']}a32 is as small, and computes in float"
+    is_slow = latency["float_ms"] >= _EARNEST and latency["quantized_ms"] > _SLOWER * latency["float_ms"]
+    is_by_kernels = v["integer_operators"] > 0 and not _is_mostly_stored(report["coverage"])
+    is_choice = config["target"] == "ort-cpu" and config["activation-bits"] < 32 and config["number-format"] == "int"
+    return f"-p w{config['weight-bits']}a32 is as small, and computes in float" if is_slow and is_by_kernels and is_choice else ""
 
 
 def _accuracy(v: dict[str, Any]) -> str:
@@ -190,12 +189,17 @@ def _speed(v: dict[str, Any], target: str, cover: dict[str, Any]) -> str:
     kernels = f"{counted(count, 'integer kernel')}, {floats + ' in float' if floats else 'no layer in float'}"
     is_other = target in _OTHER_RUNTIMES or (target == "ort-cuda" and v["provider"] == "CPUExecutionProvider")
     elsewhere = f"; measured here under ONNX Runtime, which says nothing of {target}" if is_other else ""
-    is_unpacked = latency["quantized_ms"] > latency["float_ms"] and cover.get("stored_quantized", 0) > cover["weights_quantized"]
+    is_unpacked = latency["quantized_ms"] > latency["float_ms"] and _is_mostly_stored(cover)
     why = f"; the {cover['stored_quantized']:,} weights that are only stored as codes become floats in every run" if is_unpacked else ""
     return (
         f"{latency['float_ms']:.2f} ms float, {latency['quantized_ms']:.2f} ms quantized: {faster(latency)} at batch {latency['batch']} "
         f"({v['provider'].removesuffix('ExecutionProvider')}); {kernels}{why}{elsewhere}"
     )
+
+
+def _is_mostly_stored(cover: dict[str, Any]) -> bool:
+    """Whether more weights are only stored as codes than are computed with as such."""
+    return cover.get("stored_quantized", 0) > cover["weights_quantized"]
 
 
 def _exactness(v: dict[str, Any]) -> str:
