@@ -4,6 +4,7 @@ Fake tensors have shapes and devices but no elements: an operation on two device
 `.item()`), which would stall a GPU at every step.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from tests import zoo
-from toolchain import minibatch, reconstruction
+from toolchain import minibatch, reconstruction, recording
 from toolchain.activations import Value
 from toolchain.compiled import Limits
 from toolchain.config import Config
@@ -24,6 +25,7 @@ from toolchain.fake_quant import LearnedStep
 from toolchain.losses import learnable
 from toolchain.packing import Packed
 from toolchain.pipeline import quantize
+from toolchain.recording import Capture
 from toolchain.source import load_source
 from toolchain.unit import Learned, Unit
 
@@ -55,7 +57,7 @@ def moved(value: Value, mode: FakeTensorMode) -> Value:
 
 
 @contextmanager
-def device_made_believe(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorMode]:
+def device_made_believe(monkeypatch: pytest.MonkeyPatch, is_recorded: bool) -> Iterator[FakeTensorMode]:
     """Autograd's engine and torch's generators want a real device: gradients become zeros of each parameter, draws come from the host's."""
 
     def backward(loss: torch.Tensor, **_: Any) -> None:
@@ -78,28 +80,43 @@ def device_made_believe(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTensorM
     def stop(_: Any) -> bool:
         raise SteppedError
 
+    def adam(*tensors: Any, lr: Any, **_: Any) -> None:
+        """The one operation that has no fake of it, where rates are tensors."""
+        rates = [lr] if isinstance(lr, torch.Tensor) else []  # that of the rounding never changes
+        assert {tensor.device for tensor in itertools.chain(rates, *tensors)} == {CUDA}
+
     drawn = Unit.draw
     with monkeypatch.context() as patch, FakeTensorMode() as mode:
         patch.setattr(torch.Tensor, "backward", backward)
         patch.setattr(Unit, "draw", draw)
         patch.setattr(minibatch, "output_shares", lambda targets, _: dict.fromkeys(learnable(targets), 1.0))  # read once, before the loop
         patch.setattr(reconstruction, "are_finite", stop)
+        patch.setattr(recording, "capturing", capturing)
+        if is_recorded:
+            patch.setattr(torch, "_fused_adam_", adam)
         patch.setattr(reconstruction, "is_curve_point", lambda *_: False)  # the points of the curve are read, some 40 in all
         yield mode
 
 
-def taught(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> int:
+@contextmanager
+def capturing(_: torch.Generator) -> Iterator[Capture]:
+    """Graphs want a real device: what is captured here runs once, and replays do nothing."""
+    yield lambda function: (function(), lambda: None)
+
+
+def taught(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatch, is_recorded: bool = False, **settings: Any) -> int:
     """How many units went through the loop on the fake device."""
     onnx.save(model, folder / "net.onnx")
     learn, done = reconstruction._learn, []
 
     def on_both(unit: Unit, before: Any) -> Learned:
-        with device_made_believe(monkeypatch) as mode:
+        with device_made_believe(monkeypatch, is_recorded) as mode:
             inputs, floats, targets = (
                 {name: moved(value, mode) for name, value in values.items()} for values in (unit.inputs, unit.float_inputs, unit.targets)
             )
+            there = replace(unit, inputs=inputs, float_inputs=floats, targets=targets, device=CUDA, is_recorded=is_recorded)
             with pytest.raises(SteppedError):
-                learn(replace(unit, inputs=inputs, float_inputs=floats, targets=targets, device=CUDA), before)
+                learn(there, before)
         done.append(unit)
         return learn(unit, before)
 
@@ -111,6 +128,11 @@ def taught(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("settings", [{}, {"algorithm": "brecq"}, {"algorithm": "adaround"}, {"cache_dtype": "bfloat16"}], ids=str)
 def test_the_loop_stays_on_its_device_and_never_waits(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taught(zoo.tiny_resnet(), tmp_path, monkeypatch, **settings) >= 3
+
+
+def test_so_does_a_step_that_is_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates and the regulariser's weight and exponent are on the device, and Adam's count of steps."""
+    assert taught(zoo.tiny_resnet(), tmp_path, monkeypatch, is_recorded=True) >= 3
 
 
 def test_so_do_other_operators_and_several_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

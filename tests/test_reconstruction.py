@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import zoo
-from toolchain import compiled, losses, reconstruction, step_learning
+from toolchain import compiled, losses, reconstruction, rounding_learning, step_learning
 from toolchain.activations import Passes
 from toolchain.calibration import calibrate_weight
 from toolchain.config import Config
@@ -26,13 +26,13 @@ from toolchain.settings import Settings
 SETTINGS = Settings(iterations=100)
 
 
-def rounding(weights: dict[str, np.ndarray], symmetric: bool = True, bits: int = 3) -> tuple[reconstruction._Rounding, QuantTable]:
+def rounding(weights: dict[str, np.ndarray], symmetric: bool = True, bits: int = 3) -> tuple[rounding_learning.LearnedRounding, QuantTable]:
     grids: dict[str, TensorQuant] = {}
     for name, weight in weights.items():
         found = calibrate_weight(weight, weight_spec(bits, 0, symmetric), "mse", 99.99)
         grids[name] = replace(found, codes=encode(weight, found))
     table = QuantTable(grids)
-    return reconstruction._Rounding(weights, table, torch.device("cpu")), table
+    return rounding_learning.LearnedRounding(weights, table, torch.device("cpu")), table
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -79,7 +79,9 @@ def test_gradient_of_the_rounding_logits_is_that_of_autograd(beta: float | None)
         state.logits.copy_(torch.randn(state.logits.shape, generator=generator) * 2)
     targets = {name: torch.randn(array.shape, generator=generator) for name, array in arrays.items()}
     torch.stack([((weight * targets[name]) ** 2).sum() for name, weight in state.soft_weights().items()]).sum().backward()
-    state.set_gradient(0.3, beta)
+    if beta is not None:
+        state.regularise(0.3, beta)
+    state.set_gradient(beta is not None)
     found = state.logits.grad
     logits = state.logits.detach().clone().requires_grad_()
     soft = soft_round_differentiable(logits)
@@ -99,7 +101,7 @@ def test_gradients_of_learned_weight_steps_are_those_of_autograd(symmetric: bool
     arrays = weights()
     _, table = rounding(arrays, symmetric)
     steps = step_learning.LearnedWeightSteps({name: array.shape for name, array in arrays.items()}, table, torch.device("cpu"))
-    state = reconstruction._Rounding(arrays, table, torch.device("cpu"), steps)
+    state = rounding_learning.LearnedRounding(arrays, table, torch.device("cpu"), steps)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         state.logits.copy_(torch.randn(state.logits.shape, generator=generator) * 2)
@@ -108,7 +110,7 @@ def test_gradients_of_learned_weight_steps_are_those_of_autograd(symmetric: bool
     assert [tuple(factor.shape) for factor in steps.parameters] == [(4, 1, 1, 1), (6, 1, 1, 1), (5, 1)]
     targets = {name: torch.randn(array.shape, generator=generator) for name, array in arrays.items()}
     torch.stack([((weight * targets[name]) ** 2).sum() for name, weight in state.soft_weights().items()]).sum().backward()
-    state.set_gradient(0.3, None)
+    state.set_gradient(False)
     logits = state.logits.detach().clone().requires_grad_()
     factors = {name: factor.detach().clone().requires_grad_() for name, factor in steps.factors.items()}
     flat = state._views(state._fixed + soft_round_differentiable(logits) * state._span)
@@ -214,8 +216,11 @@ def test_a_failing_compiler_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_compiling_pays_for() -> None:
-    assert compiled.is_worth(1000, 32 * 500_000)
-    assert not compiled.is_worth(60, 32 * 500_000)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert compiled.is_worth(1000, 32 * 500_000, cpu)
+    assert not compiled.is_worth(60, 32 * 500_000, cpu)
+    assert compiled.is_worth(20000, 32 * 500_000, cuda)
+    assert not compiled.is_worth(1000, 32 * 500_000, cuda)
 
 
 def test_a_reconstruction_that_fails_keeps_the_calibrated_unit(tmp_path: Path) -> None:

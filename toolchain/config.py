@@ -109,10 +109,16 @@ class Config:
     device: str = option("auto", "Where to reconstruct and validate.", "method", choices=DEVICES)
     compile: str = option(
         "auto",
-        "Compile the arithmetic of quantizers that learn, with torch's compiler; auto: on a CPU with a C++ compiler, where it saves more "
+        "Compile the arithmetic of quantizers that learn, with torch's compiler (on a CPU it takes one of C++); auto: where it saves more "
         "time than it takes.",
         "method",
         choices=("auto", "on", "off"),
+    )
+    cuda_graphs: str = option(
+        "auto",
+        "On CUDA, capture the step of each unit as a graph that is replayed; auto: where that can be done.",
+        "method",
+        choices=("auto", "off"),
     )
     memory_budget: str | None = option(
         None,

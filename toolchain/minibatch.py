@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,6 +11,24 @@ from .fake_quant import Coins, Tiles, dense
 from .losses import output_shares
 from .packing import Packed
 from .processes import ALONE, Processes
+
+Selection = torch.Tensor | int
+"""Numbers of samples [n], or of a forward pass."""
+
+
+class Batch(NamedTuple):
+    """A mini-batch as it is cached: inputs in the quantized stream, the floats among them in the float stream, and targets."""
+
+    inputs: dict[str, Any]
+    floats: dict[str, torch.Tensor]
+    targets: dict[str, torch.Tensor]
+
+    def filled(self, other: "Batch") -> "Batch":
+        """The same tensors, with the elements of another mini-batch of as many samples."""
+        for own, theirs in zip(self, other, strict=True):
+            for name, tensor in own.items():
+                tensor.copy_(theirs[name], non_blocking=True)
+        return self
 
 
 class Draw:
@@ -49,30 +67,45 @@ class Draw:
         streams = (self._inputs, self._floats)
         return frozenset(n for n in self._inputs if any(_is_selected(stream[n], self._passes, self.device) for stream in streams))
 
-    def selections(self) -> Sequence[torch.Tensor | int]:
+    @property
+    def is_steady(self) -> bool:
+        """Whether a mini-batch is one selection of so many samples, the same number at each step."""
+        return not self._by_pass and self._splits == 1
+
+    def selections(self) -> list[Selection]:
         """Rows, or the numbers of forward passes, of the next mini-batch."""
         if not self._by_pass:
             rows = torch.randperm(self._passes.count, generator=self._order)[: self._batch_size]
-            return rows[self.processes.share(len(rows))].chunk(self._splits)
+            return list(rows[self.processes.share(len(rows))].chunk(self._splits))
         count, wanted = len(list(self._passes)), max(round(self._batch_size / self._passes.size), 1)
         return torch.randperm(count, generator=self._order)[:wanted].tolist()
 
-    def parts(self, selection: torch.Tensor | int, selections: Sequence[torch.Tensor | int]) -> float:
+    def parts(self, selection: Selection, selections: Sequence[Selection]) -> float:
         """How many of a selection make up the mini-batch of all processes: what the mean over the selection is divided by."""
         if isinstance(selection, int):
             return len(selections)
         return self.processes.count * sum(map(len, selections)) / len(selection)  # pyright: ignore[reportArgumentType]
 
-    def batch(self, selection: torch.Tensor | int, coins: Coins | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Inputs, mixed from both streams where there are coins, and targets."""
-        fed = {name: self._picked(value, selection) for name, value in self._inputs.items()}
-        if coins is not None:
-            for name, value in fed.items():
-                if isinstance(value, torch.Tensor) and value.is_floating_point():
-                    fed[name] = _mixed(value, self._picked(self._floats[name], selection), coins, name in self._selected)
-        return fed, {name: self._picked(target, selection) for name, target in self._targets.items()}
+    def gathered(self, selection: Selection, is_mixed: bool) -> Batch:
+        """Inputs of the quantized stream and targets; those of the float stream too where they will be mixed."""
+        inputs = {name: self._picked(value, selection) for name, value in self._inputs.items()}
+        floating = [name for name, value in inputs.items() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+        floats = {name: self._picked(self._floats[name], selection) for name in floating} if is_mixed else {}
+        return Batch(inputs, floats, {name: self._picked(target, selection) for name, target in self._targets.items()})
 
-    def _picked(self, value: Value, selection: torch.Tensor | int) -> Any:
+    def mixed(self, batch: Batch, coins: Coins | None) -> dict[str, Any]:
+        """Inputs, mixed from both streams where there are coins; may overwrite those of the batch."""
+        if coins is None:
+            return dict(batch.inputs)
+        mixed = {name: _mixed(batch.inputs[name], floats, coins, name in self._selected) for name, floats in batch.floats.items()}
+        return batch.inputs | mixed
+
+    def batch(self, selection: Selection, coins: Coins | None) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Inputs, mixed from both streams where there are coins, and targets."""
+        batch = self.gathered(selection, coins is not None)
+        return self.mixed(batch, coins), batch.targets
+
+    def _picked(self, value: Value, selection: Selection) -> Any:
         if isinstance(selection, int):
             part = self._passes.part(value, selection)
             return part.clone() if isinstance(part, torch.Tensor) else part

@@ -158,6 +158,10 @@ def settled(step: float) -> np.float32:
 
 
 def anneal(optimizer: torch.optim.Optimizer, iteration: int, iterations: int) -> None:
-    """Set the rate of each group to its `first` one on a cosine that ends at 0."""
+    """Set the rate of each group to its `first` one on a cosine that ends at 0; one that is a tensor where it is."""
     for group in optimizer.param_groups:
-        group["lr"] = group["first"] * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        rate = group["first"] * 0.5 * (1 + math.cos(math.pi * iteration / iterations))
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

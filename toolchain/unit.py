@@ -93,6 +93,7 @@ class Unit:
         processes: those that share the mini-batches.
         splits: parts of a mini-batch that are learned from one after the other.
         is_compiled: whether the quantizers that learn are compiled loops.
+        is_recorded: whether a step is captured once as a CUDA graph, and replayed from then on.
     """
 
     piece: TorchBlock
@@ -113,6 +114,7 @@ class Unit:
     processes: Processes = ALONE
     splits: int = 1
     is_compiled: bool = False
+    is_recorded: bool = False
 
     def aiming_at(self, outputs: Iterable[str]) -> "Unit":
         """The unit with some of its targets."""

@@ -24,6 +24,7 @@ from .processes import ALONE, Processes
 from .progress import Progress
 from .quant_table import QuantTable
 from .reconstruction import reconstruct_unit
+from .recording import NotCapturedError
 from .run_folder import RunFolder, Stage
 from .samples import Samples
 from .source import SourceModel
@@ -92,6 +93,7 @@ def reconstruct(
                 progress=_unit_progress(progress, name, done, total),
                 processes=processes,
                 is_compiled=is_compiled,
+                is_recorded=units.device.type == "cuda" and config.cuda_graphs == "auto",
             )
             result, outputs = _learned(unit, learner(config))
             table = table.updated(result.changes)
@@ -108,7 +110,11 @@ def reconstruct(
 
 
 def _learned(unit: Unit, learn: Learner) -> tuple[UnitResult, dict[str, Value]]:
-    """Learn a unit; where the device's memory does not hold a mini-batch, once more from the start with parts of half the size."""
+    """Learn a unit; once more from the start where the device cannot as it is.
+
+    That is, with parts of half the size where its memory does not hold a mini-batch, and step by step where it cannot capture a step.
+    """
+    name, note = unit.piece.block.name, unit.passes.room.note
     while True:
         try:
             return learn(unit)
@@ -116,9 +122,11 @@ def _learned(unit: Unit, learn: Learner) -> tuple[UnitResult, dict[str, Value]]:
             splits = 2 * unit.splits
             if splits > min(unit.settings.batch_size, unit.passes.count) or unit.processes.count > 1:
                 raise
-        unit = replace(unit, splits=splits)
-        name = unit.piece.block.name
-        unit.passes.room.note(f"unit {name}: a mini-batch did not fit the device's memory: it was learned from in {splits} parts")
+            unit = replace(unit, splits=splits)
+            note(f"unit {name}: a mini-batch did not fit the device's memory: it was learned from in {splits} parts")
+        except NotCapturedError as error:
+            unit = replace(unit, is_recorded=False)
+            note(f"unit {name}: learned without a CUDA graph, which takes longer: {error}")
 
 
 def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
@@ -132,9 +140,7 @@ def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
     values = {name for piece in _learning(units.pieces, table) for node in piece.block.nodes for name in node.outputs if name in table}
     elements = sum(math.prod(units.types.shapes[name]) for name in values if name in units.types.shapes)
     settings = config.settings(has_depthwise=False, largest=units.types.largest(values))
-    if config.compile == "auto" and not (
-        units.device.type == "cpu" and compiled.is_worth(settings.iterations, settings.batch_size * elements)
-    ):
+    if config.compile == "auto" and not compiled.is_worth(settings.iterations, settings.batch_size * elements, units.device):
         return False
     refused = compiled.refusal(units.device)
     if refused is None:

@@ -1,6 +1,7 @@
 """Time one learning step of a block against its floor and against a plainly written loop, on the same block, batch and iterations.
 
 usage: python -m tests.benchmarks.step --out RESULTS.json [--blocks basic,bottleneck,...] [--batch 32] [--iterations 20] [--rounds 7]
+           [--device cuda --iterations 1000]
 
 - floor: forward and backward of the float block on one fixed batch, with gradients of its weights; same layout, nothing else.
 - ours: `reconstruction.reconstruct_unit`'s learning loop, QDrop, everything in it, quantizers compiled.
@@ -8,7 +9,10 @@ usage: python -m tests.benchmarks.step --out RESULTS.json [--blocks basic,bottle
 - plain: the loop as the papers' codes write it (modules, autograd through the soft rounding and the LSQ quantizer, `torch.where` on
   `torch.rand`, a regulariser over the layers, contiguous layout), as `PlainBlock` below.
 
-Times are of the processor (one thread), not of the clock, and the rounds of all are interleaved: other processes then meet all alike.
+Times are of the processor (one thread), not of the clock, and the rounds of all are interleaved: other processes then meet all alike. On
+CUDA they are of the clock, until the device is done; ours is captured as a graph there, "single" is not, and as many iterations as a run
+has should share the time that capturing takes.
+
 Figures are medians over the rounds, ratios medians of each round's ratio. No loop is faster than the floor: plain / floor bounds
 plain / ours.
 """
@@ -95,17 +99,17 @@ class Setting:
     unit: Unit
 
 
-def setting(design: Design, folder: Path, batch: int, iterations: int) -> Setting:
+def setting(design: Design, folder: Path, batch: int, iterations: int, device: str = "cpu") -> Setting:
     """Import, calibrate and cache a block."""
     onnx.save(model_of(design), folder / "block.onnx")
     source = load_source(folder / "block.onnx")
     rng = np.random.default_rng(0)
     shape = (max(CACHED, batch), design.layers[0].inp, design.size, design.size)
     samples = Samples({"x": np.maximum(rng.normal(size=shape), 0).astype(np.float32)})
-    config = Config(device="cpu", iterations=iterations, batch_size=batch)
+    config = Config(device=device, iterations=iterations, batch_size=batch)
     types = infer_types(source, samples.shapes, samples.inputs)
     (block,) = (row.block for row in survey(source, samples, config).rows)
-    model = TorchModel.of(source, types, [block], torch.device("cpu"))
+    model = TorchModel.of(source, types, [block], torch.device(device))
     (piece,) = model.pieces
     assert isinstance(piece, TorchBlock)
     placement = place(source, types, config.scheme, config.precision, frozenset())
@@ -146,9 +150,9 @@ def floor(s: Setting) -> Callable[[], None]:
     return run
 
 
-def ours(s: Setting, is_compiled: bool) -> Callable[[], None]:
-    """This project's learning loop."""
-    unit = replace(s.unit, is_compiled=is_compiled)
+def ours(s: Setting, is_whole: bool) -> Callable[[], None]:
+    """This project's learning loop, with all that makes it fast or without compiled quantizers and captured steps."""
+    unit = replace(s.unit, is_compiled=is_whole, is_recorded=is_whole and s.unit.device.type == "cuda")
     return lambda: _ignore(reconstruction._learn(unit, unit.table))
 
 
@@ -191,7 +195,7 @@ class PlainConv(nn.Module):
         self.register_buffer("base", torch.floor(scaled))
         rest = scaled - torch.floor(scaled)
         self.alpha = nn.Parameter(-torch.log(1.2 / (rest + 0.1) - 1))
-        self.bias = torch.tensor(bias)
+        self.register_buffer("bias", torch.tensor(bias))
         self.low, self.high = low, high
         self.quantizer: nn.Module = nn.Identity()
 
@@ -200,7 +204,7 @@ class PlainConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = torch.clamp(self.get_buffer("base") + self.soft(), self.low, self.high) * self.get_buffer("scale")
-        x = F.conv2d(x, weight, self.bias, padding=self.layer.kernel // 2, groups=self.layer.group)
+        x = F.conv2d(x, weight, self.get_buffer("bias"), padding=self.layer.kernel // 2, groups=self.layer.group)
         x = {"relu": F.relu, "relu6": F.relu6, None: lambda y: y}[self.layer.act](x)
         return self.quantizer(x)
 
@@ -248,7 +252,7 @@ def plain(design: Design, s: Setting) -> Callable[[], None]:
     settings = s.unit.settings
 
     def run() -> None:
-        block = PlainBlock(design, s)
+        block = PlainBlock(design, s).to(s.unit.device)
         steps = [m.step for m in block.modules() if isinstance(m, PlainActivation)]
         weight_optimizer = torch.optim.Adam([conv.alpha for conv in block.convs], lr=settings.weight_lr)  # pyright: ignore
         step_optimizer = torch.optim.Adam(steps, lr=4e-5)
@@ -273,15 +277,22 @@ def plain(design: Design, s: Setting) -> Callable[[], None]:
     return run
 
 
-def measured(contenders: dict[str, Callable[[], None]], rounds: int, iterations: int) -> dict[str, list[float]]:
-    """Processor milliseconds per iteration of each, for each round."""
+def measured(contenders: dict[str, Callable[[], None]], rounds: int, iterations: int, device: str = "cpu") -> dict[str, list[float]]:
+    """Milliseconds per iteration of each, for each round: the processor's, or those until a device is done."""
+
+    def now() -> float:
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for index in range(rounds + 1):
         for name, run in contenders.items():
-            start = time.process_time()
+            start = now()
             run()
             if index:  # the first round warms up
-                times[name].append((time.process_time() - start) / iterations * 1e3)
+                times[name].append((now() - start) / iterations * 1e3)
     return times
 
 
@@ -310,19 +321,20 @@ def main() -> None:
     """Time, add to the results file, print a Markdown table."""
     parser = arguments(__doc__, is_written=False)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
     results: dict[str, Any] = {"rows": []}
     if args.out is not None and args.out.exists():
         results = json.loads(args.out.read_text())
-    results["environment"] = report.environment("cpu")
+    results["environment"] = report.environment(args.device)
     for name in args.blocks.split(","):
         design = DESIGNS[name]
         with tempfile.TemporaryDirectory() as folder:
-            s = setting(design, Path(folder), args.batch, args.iterations)
+            s = setting(design, Path(folder), args.batch, args.iterations, args.device)
             contenders = {"floor": floor(s), "ours": ours(s, True), "single": ours(s, False), "plain": plain(design, s)}
-            times = measured(contenders, args.rounds, args.iterations)
+            times = measured(contenders, args.rounds, args.iterations, args.device)
         ms = {key: statistics.median(values) for key, values in times.items()}
         row = {
             "block": name,

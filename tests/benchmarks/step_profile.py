@@ -21,7 +21,7 @@ from toolchain import report
 from toolchain.cpu import keep_freed_memory
 from toolchain.fake_quant import Coins
 from toolchain.minibatch import Draw
-from toolchain.reconstruction import _Rounding
+from toolchain.rounding_learning import LearnedRounding
 
 # What the profiler calls it -> what the table calls it.
 PARTS = {
@@ -86,10 +86,11 @@ def main() -> None:
     keep_freed_memory()
     rows = []
     with ExitStack() as stack:
-        labelled(stack, Draw, "batch", "batch")
+        for name in ("gathered", "mixed"):
+            labelled(stack, Draw, name, "batch")
         labelled(stack, Coins, "toss", "coins")
         for name in ("soft_weights", "set_gradient", "state"):
-            labelled(stack, _Rounding, name, "weights")
+            labelled(stack, LearnedRounding, name, "weights")
         for name in args.blocks.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 s = step.setting(step.DESIGNS[name], Path(folder), args.batch, args.iterations)
