@@ -101,6 +101,12 @@ def test_the_weight_search_stops_early_only_where_nothing_better_follows(row: np
     assert found <= best * (1 + 1e-4) + 1e-12  # the search adds up float32 errors
 
 
+def test_the_grid_is_the_one_that_was_judged() -> None:
+    """[-1, 1] times some factor puts the zero point on a tie, which a factor of fewer digits breaks otherwise."""
+    best, found = _best_of_all_candidates(np.array([-1, 1, 1], np.float32), weight_spec(2, None, False))
+    assert found == pytest.approx(best, rel=1e-6)  # float32 errors
+
+
 def test_rows_are_searched_alike_alone_and_together(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = np.random.default_rng(0).standard_t(3, (40, 30)).astype(np.float32)
     weight[3], weight[7] = 0.0, 0.25

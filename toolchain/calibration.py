@@ -12,7 +12,7 @@ NORM = 2.4  # BRECQ, QDrop and MQBench search scales under the L2.4 norm of the 
 CANDIDATES = 100  # shrink factors 0.01 .. 1.00 of the full range
 _BINS = 1 << 15
 _TILE = 1 << 16  # weights at a time: with the errors made of them, they stay in the cache
-_LOOK = 4  # candidates between looks at what is cut off, which cost about as much as half a candidate
+_LOOK = 4  # candidates between looks at what is cut off, which cost about as much as a candidate
 # float32 represents integers up to 2^24: an int32 bias of fewer steps is exact in the simulation, with room for a step that shrinks.
 _MAX_BIAS_CODE = float(1 << 22)
 _SMALLEST_SCALE = 1e-12  # keeps scales, and products of two scales, normal floats
@@ -208,36 +208,51 @@ def _mse_shrink(rows: np.ndarray, low: np.ndarray, high: np.ndarray, spec: Quant
     together = max(1, _TILE // max(rows.shape[1], 1))
     groups = [slice(start, start + together) for start in range(0, len(rows), together)]
     found = [_mse_factors(rows[group], low[group], high[group], spec, norm) for group in groups]
-    return np.concatenate(found) if found else np.ones(0, np.float32)
+    return np.concatenate(found) if found else np.ones(0)
 
 
 def _mse_factors(rows: np.ndarray, low: np.ndarray, high: np.ndarray, spec: QuantSpec, norm: float) -> np.ndarray:
-    """Candidates are tried downwards. What a range cuts off only grows: a row where that alone exceeds the best error is done."""
+    """Candidates are tried downwards. What a range cuts off only grows: a row where that alone exceeds the best error is done.
+
+    Factors are doubles, as they are tried: rounded, they may move a zero point that is on a tie.
+    """
     x, left = torch.from_numpy(rows), np.arange(len(rows))
-    best, factor = np.full(len(rows), np.inf), np.ones(len(rows), np.float32)
+    best, factor = np.full(len(rows), np.inf), np.ones(len(rows))
     for number, candidate in enumerate(np.linspace(1.0, 1.0 / CANDIDATES, CANDIDATES)):
-        scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(low[left] * candidate, high[left] * candidate, spec))
-        error, cut = _row_errors(x, scale, zero_point, spec, norm, number % _LOOK == _LOOK - 1)
+        lows, highs = low[left] * candidate, high[left] * candidate
+        scale, zero_point = (torch.from_numpy(a).float().unsqueeze(1) for a in grid(lows, highs, spec))
+        error = _row_errors(x, scale, zero_point, spec, norm)
         better = error < best[left]
         best[left[better]], factor[left[better]] = error[better], candidate
-        if cut is None or not (done := cut > best[left]).any():
+        if number % _LOOK < _LOOK - 1:
             continue
+        done = _cut_off(x, *_farthest(lows, highs, scale, spec), norm) > best[left]
         left, x = left[~done], x[torch.from_numpy(~done)]
         if not len(left):
             break
     return factor
 
 
-def _row_errors(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec, norm: float, looks: bool
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """sum |x - x~|^norm of each row [C, K], and, where one looks, that part of it which is beyond the ends of the grid."""
-    error, cut = torch.zeros(len(x), dtype=torch.float64), torch.zeros(len(x), dtype=torch.float64)
-    lowest, highest = ((end - zero_point) * scale for end in (spec.qmin, spec.qmax))
+def _row_errors(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, spec: QuantSpec, norm: float) -> np.ndarray:
+    """sum |x - x~|^norm of each row [C, K]."""
+    error = torch.zeros(len(x), dtype=torch.float64)
     for part in x.split(_TILE, dim=1):
         codes = nearest_codes(part, scale, zero_point, spec)
-        errors = codes.sub_(zero_point).mul_(scale).sub_(part).abs_().pow_(norm)
-        error += errors.sum(dim=1)
-        if looks:
-            cut += errors.mul_((part < lowest).logical_or_(part > highest)).sum(dim=1)
-    return error.numpy(), cut.numpy() if looks else None
+        error += codes.sub_(zero_point).mul_(scale).sub_(part).abs_().pow_(norm).sum(dim=1)
+    return error.numpy()
+
+
+def _farthest(lows: np.ndarray, highs: np.ndarray, scale: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far grids [C, 1] of ranges reach that are no wider than these: a zero point on a tie is rounded either way."""
+    if spec.symmetric:
+        return spec.qmin * scale, spec.qmax * scale
+    low, high = (torch.from_numpy(ends).float().unsqueeze(1) for ends in (np.minimum(lows, 0.0), np.maximum(highs, 0.0)))
+    return low - 0.5 * scale, high + 0.5 * scale
+
+
+def _cut_off(x: torch.Tensor, lowest: torch.Tensor, highest: torch.Tensor, norm: float) -> np.ndarray:
+    """The least part of an error in a norm that is of values beyond the ends of a grid, for each row [C, K]."""
+    cut = torch.zeros(len(x), dtype=torch.float64)
+    for part in x.split(_TILE, dim=1):
+        cut += torch.maximum(lowest - part, part - highest).clamp_(min=0.0).pow_(norm).sum(dim=1)
+    return cut.numpy()
