@@ -122,8 +122,8 @@ class Config:
     )
     memory_budget: str | None = option(
         None,
-        "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder. On CUDA they are on the "
-        "device first, as far as they fit.",
+        "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder, and mini-batches that do "
+        "not fit are learned from in parts. On CUDA activations are on the device first, as far as they fit.",
         "method",
     )
     cache_dtype: str = option(

@@ -5,7 +5,7 @@ import os
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,8 +35,8 @@ class Demand:
     """The estimate of a run's peak, in bytes: what is resident already, the cached activations, and the work beside them.
 
     `where` is the block whose work takes the most; `joined` is the work of the largest unit that blocks may be joined to, which is known
-    once they are measured. `device` is None on the CPU; else it is what a device has for cached activations beside the work, which is
-    done there: only the others are in the host's memory.
+    once they are measured, and `least` the most that work takes where it is done in the smallest parts. `device` is None on the CPU; else
+    it is what a device has for cached activations beside the work, which is done there: only the others are in the host's memory.
     """
 
     taken: int
@@ -45,27 +45,34 @@ class Demand:
     where: str
     device: float | None = None
     joined: int = 0
+    least: int = 0
 
     @property
     def total(self) -> int:
-        """In the host's memory."""
-        return self._fixed + self._kept
+        """In the host's memory, blocks alone."""
+        return self.taken + self._in_host(self.work) + self._kept
+
+    @property
+    def most(self) -> int:
+        """In the host's memory, where blocks are joined to the largest units that they may be."""
+        return self.taken + self._in_host(max(self.work, self.joined)) + self._kept
 
     def room_in(self, budget: int | None) -> float:
-        """Bytes for cached activations in the host's memory under a budget.
+        """Bytes for cached activations in the host's memory under a budget, beside the work on the largest unit.
 
         Raises:
-            UsageError: the budget does not even hold the rest.
+            UsageError: the budget does not even hold the rest, with mini-batches in the smallest parts.
         """
         if budget is None:
             return math.inf
-        if budget < self._fixed:
-            work = f" and the work on block {self.where} takes about {readable(self.work)}" if self.device is None else ""
+        needed = self.taken + self._in_host(self.least)
+        if budget < needed:
+            work = f" and the work on a unit takes about {readable(self.least)} in the smallest parts" if self.device is None else ""
             raise UsageError(
                 f"--memory-budget {readable(budget)}: {readable(self.taken)} are in use already (program, model, samples){work}, without "
-                f"any cached activation; give {readable(self._fixed)} or more, or lower --batch-size"
+                f"any cached activation; give {readable(needed)} or more"
             )
-        return budget - self._fixed
+        return max(budget - self.taken - self._in_host(max(self.work, self.joined)), 0)
 
     def describe(self, budget: int | None) -> str:
         """The estimate in a line."""
@@ -73,17 +80,16 @@ class Demand:
         parts = f"{readable(self.taken)} in use, {readable(kept)} cached activations"
         if self.device is None:
             parts += f", {readable(self.work)} work on {self.where}"
-            parts += f", up to {readable(self.joined)} where blocks are joined" if self.joined > self.work else ""
         else:
             parts += f"; on the device {readable(self.caches - kept)} of them, {readable(self.work)} work on {self.where}"
-        if kept <= room:
-            return f"memory: about {readable(self.total)} at the peak ({parts})"
-        return f"memory: {readable(budget or 0)} ({parts}; about {readable(kept - int(room))} of them go to files)"
+        joined = f", up to {readable(self.most)} where blocks are joined" if self.most > self.total else ""
+        if kept <= room and (budget is None or self.most <= budget):
+            return f"memory: about {readable(self.total)} at the peak{joined} ({parts})"
+        files = f"; about {readable(kept - int(room))} of them go to files" if kept > room else ""
+        return f"memory: {readable(budget or 0)} ({parts}{joined}{files})"
 
-    @property
-    def _fixed(self) -> int:
-        """Host bytes that are no cached activations."""
-        return self.taken + (self.work if self.device is None else 0)
+    def _in_host(self, work: int) -> int:
+        return work if self.device is None else 0
 
     @property
     def _kept(self) -> int:
@@ -91,14 +97,58 @@ class Demand:
         return int(max(self.caches - (self.device or 0), 0))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the work on units takes beside cached activations.
+
+    Attributes:
+        source: the model.
+        types: shapes of one sample of each value.
+        grids: the activations that are quantized.
+        samples: calibration samples.
+        batch: samples of a mini-batch, from the floats of the largest value of a unit for each.
+        pass_size: samples in a forward pass.
+        is_divisible: whether mini-batches are samples, which can be learned from in parts, and not whole forward passes.
+    """
+
+    source: SourceModel
+    types: ValueTypes
+    grids: AbstractSet[str]
+    samples: int
+    batch: Callable[[int], int]
+    pass_size: int
+    is_divisible: bool = True
+
+    def on(self, block: Block, parts: int = 1) -> int:
+        """Bytes of a unit's mini-batches, in parts one after the other, and of its forward passes, whichever is more."""
+        made = {name: self._size(name) for node in block.nodes for name in node.outputs if name}
+        largest = max([*made.values(), *(self._size(name) for name in block.inputs)], default=0)
+        # Kept for backward: what every node made, and what was quantized of it; then the gradients at the largest, and inputs and targets.
+        kept = sum(made.values()) + sum(size for name, size in made.items() if name in self.grids)
+        fed = 2 * sum(self._size(name) for name in (*block.inputs, *block.outputs))
+        weights = [w for node in block.nodes if (w := self.source.graph.weight(node)) is not None]
+        learned = _WEIGHT_FLOATS * sum(self.source.constants[weight].nbytes for weight in weights)
+        together = -(-self._batch(block) // (parts if self.is_divisible else 1))
+        return max(together * (kept + 2 * largest + fed) + learned, min(self.pass_size, self.samples) * _PASS_VALUES * largest)
+
+    def parts_within(self, block: Block, room: float) -> int:
+        """Parts of a unit's mini-batches that some bytes hold: halves of halves, and single samples where none are small enough."""
+        parts, batch = 1, self._batch(block) if self.is_divisible else 1
+        while parts < batch and self.on(block, parts) > room:
+            parts = min(2 * parts, batch)
+        return parts
+
+    def _batch(self, block: Block) -> int:
+        return min(self.batch(self.types.largest(block.values)), self.samples)
+
+    def _size(self, name: str) -> int:
+        return _FLOAT * math.prod(self.types.shapes[name]) if name in self.types.shapes else 0
+
+
 def demand(
-    source: SourceModel,
-    types: ValueTypes,
+    work: Work,
     blocks: Sequence[Block],
     placement: Placement,
-    samples: int,
-    batch: Callable[[int], int],
-    pass_size: int,
     float_bytes: int = _FLOAT,
     device: torch.device = CPU,
     units: Sequence[Block] = (),
@@ -106,41 +156,32 @@ def demand(
     """Estimate the memory of a reconstruction.
 
     Args:
-        source: the model.
-        types: shapes of one sample of each value.
+        work: the model, the samples, and what the work on blocks takes.
         blocks: the units, or the blocks they will be made of.
         placement: the grids of activations.
-        samples: calibration samples.
-        batch: samples of a mini-batch, from the floats of the largest value of a unit for each.
-        pass_size: samples in a forward pass.
         float_bytes: of an element in a cached activation that is on no grid.
         device: where it is done.
         units: what blocks may be joined to.
     """
-    sizes = {name: _FLOAT * math.prod(shape) for name, shape in types.shapes.items()}
-    inputs = sum(sizes.get(name, 0) for name in source.graph.inputs)
-
-    def work_on(block: Block) -> int:
-        size = min(batch(types.largest(block.values)), samples)
-        return _work(source, block, sizes, placement.activations.keys(), size, min(pass_size, samples))
-
-    alive, caches, work, where = set(source.graph.inputs), 0, 0, blocks[0].name
+    source, types, samples = work.source, work.types, work.samples
+    alive, caches = set(source.graph.inputs), 0
     for block, dead in zip(blocks, last_reads([block.nodes for block in blocks], source.graph), strict=True):
         alive |= set(block.outputs)
-        elements = {name: sizes.get(name, 0) // _FLOAT for name in alive if name in types.stacked}
+        elements = {name: math.prod(types.shapes[name]) for name in alive if name in types.stacked and name in types.shapes}
         caches = max(
             caches, samples * sum(count * (float_bytes + _code_bytes(placement, name, float_bytes)) for name, count in elements.items())
         )
         alive -= dead
-        found = work_on(block)
-        if found > work:
-            work, where = found, block.name
-    chosen = samples * inputs  # the samples that were drawn, beside those that were read
+    largest = max(blocks, key=work.on)
+    least = max(work.on(block, parts=samples) for block in (*blocks, *units))
+    inputs = sum(math.prod(types.shapes[name]) for name in source.graph.inputs if name in types.shapes)
+    chosen = samples * inputs * _FLOAT  # the samples that were drawn, beside those that were read
     weights = sum(array.nbytes for array in source.constants.values())
     # As arrays and as codes; where the weights are outside, only their codes are held, in the table and in the file that is made of it.
     held = 2 * weights if source.shelf is None else weights // 2
-    joined = max(map(work_on, units), default=0)
-    return Demand(resident() + chosen + _LIBRARIES + held, caches, work, where, _device_room(device, work), joined)
+    taken, most = resident() + chosen + _LIBRARIES + held, work.on(largest)
+    joined = max(map(work.on, units), default=0)
+    return Demand(taken, caches, most, largest.name, _device_room(device, most), joined, least)
 
 
 def _code_bytes(placement: Placement, name: str, otherwise: int) -> int:
@@ -148,17 +189,6 @@ def _code_bytes(placement: Placement, name: str, otherwise: int) -> int:
     spec = placement.activations.get(placement.tied.get(name, name))
     size = code_bytes(spec.bits) if spec is not None and not spec.float8 else None
     return otherwise if size is None else size
-
-
-def _work(source: SourceModel, block: Block, sizes: Mapping[str, int], grids: AbstractSet[str], batch: int, pass_size: int) -> int:
-    """Bytes of a block's mini-batches and of its forward passes, whichever is more."""
-    made = {name: sizes.get(name, 0) for node in block.nodes for name in node.outputs if name}
-    largest = max([*made.values(), *(sizes.get(name, 0) for name in block.inputs)], default=0)
-    # Kept for backward: what every node made, and what was quantized of it; then the gradients at the largest, and inputs and targets.
-    kept = sum(made.values()) + sum(size for name, size in made.items() if name in grids)
-    fed = 2 * sum(sizes.get(name, 0) for name in (*block.inputs, *block.outputs))
-    weights = sum(source.constants[w].nbytes for node in block.nodes if (w := source.graph.weight(node)) is not None)
-    return max(batch * (kept + 2 * largest + fed) + _WEIGHT_FLOATS * weights, pass_size * _PASS_VALUES * largest)
 
 
 class Room:

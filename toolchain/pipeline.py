@@ -12,7 +12,7 @@ from .device import full_float32, pick_device
 from .grids import calibrate, with_biases
 from .importing import imported
 from .islands import find_islands
-from .memory import Room, enough
+from .memory import Room, Work, enough
 from .packing import FLOAT_TYPES
 from .placement import Placement, operand_copies, place, without
 from .plan import Plan, block_rows, make_plan, measured
@@ -25,7 +25,7 @@ from .run_folder import RunFolder, Stage
 from .samples import Samples
 from .selection import match_nodes, own_precisions
 from .source import SourceModel, infer_types
-from .survey import expected_memory, pass_size, survey
+from .survey import expected_memory, is_divisible, pass_size, survey
 from .unit import UnitResult, learned_weights
 from .units import reconstruct
 
@@ -119,17 +119,24 @@ def quantize(
         rows = measured(rows, model, table, lambda block, t: with_biases(source, placement, block, t), few)
     losses = processes.first([(row.loss, row.energy) for row in rows])
     rows = tuple(replace(row, loss=loss, energy=energy) for row, (loss, energy) in zip(rows, losses, strict=True))
-    if run is not None and config.learns and not saved:
-        run.save(_CALIBRATED, Stage(table.tensors, {"losses": losses, "ranges": [asdict(choice) for choice in ranges]}))
     plan = make_plan(source, rows, config)
+    together = pass_size(types, plan.units, config)
+    # What is in use differs from run to run: one that is resumed takes the same parts.
+    parts = saved.facts["parts"] if saved else {}
+    if config.memory is not None and expected.device is None and not saved:
+        work = Work(source, types, placement.activations.keys(), samples.count, config.batch, together, is_divisible(types, plan.units))
+        parts = {unit.name: work.parts_within(unit, config.memory - expected.taken) for unit in plan.units}
+    parts = processes.first(parts)
+    if run is not None and config.learns and not saved:
+        run.save(_CALIBRATED, Stage(table.tensors, {"losses": losses, "ranges": [asdict(choice) for choice in ranges], "parts": parts}))
     laps.end("plan")
     units = replace(
-        TorchModel.of(source, types, plan.units, device, pass_size(types, plan.units, config)),
+        TorchModel.of(source, types, plan.units, device, together),
         room=room,
         float_type=FLOAT_TYPES[config.cache_dtype],
     )
     if config.learns:
-        table, results = reconstruct(units, placement, table, samples, config, progress, run, processes)
+        table, results = reconstruct(units, placement, table, samples, config, progress, run, processes, parts)
     else:
         results = ()
         for unit in plan.units:
@@ -152,6 +159,7 @@ def quantize(
             *([rewritten] if rewritten is not None else []),
             *_without_range(unseen),
             *(_learned_once(units, table) if config.learns else ()),
+            *(f"unit {unit}: {count} parts of a mini-batch, to stay within --memory-budget" for unit, count in parts.items() if count > 1),
             *room.notes,
         ),
         ranges,

@@ -10,7 +10,7 @@ from .device import pick_device
 from .errors import UsageError, near_misses
 from .importing import cut_blocks
 from .islands import IslandRow, find_islands, island_rows
-from .memory import Demand, demand
+from .memory import Demand, Work, demand
 from .packing import FLOAT_TYPES
 from .partition import Block, merge
 from .placement import place
@@ -55,7 +55,8 @@ def expected_memory(source: SourceModel, samples: Samples, found: Survey, config
     size, count = types.batch or pass_size(types, blocks, config), min(samples.count, config.calibration_samples)
     float_bytes, device = FLOAT_TYPES[config.cache_dtype].itemsize, pick_device(config.device)
     units = _possible_units(source, found.rows, config)
-    expected = demand(source, types, blocks, placement, count, config.batch, size, float_bytes, device, units)
+    work = Work(source, types, placement.activations.keys(), count, config.batch, size, is_divisible(types, blocks))
+    expected = demand(work, blocks, placement, float_bytes, device, units)
     expected.room_in(config.memory)
     return expected
 
@@ -77,8 +78,16 @@ def _possible_units(source: SourceModel, rows: Sequence[BlockRow], config: Confi
 
 def pass_size(types: ValueTypes, blocks: Sequence[Block], config: Config) -> int:
     """Samples in a forward pass; a mini-batch, where mini-batches must be whole passes because not all values are arrays of samples."""
-    crossing = {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
-    return chunk(types) if crossing <= types.stacked else min(LARGEST_CHUNK, config.batch(types.largest(types.stacked)))
+    return chunk(types) if _crossing(blocks) <= types.stacked else min(LARGEST_CHUNK, config.batch(types.largest(types.stacked)))
+
+
+def is_divisible(types: ValueTypes, blocks: Sequence[Block]) -> bool:
+    """Whether mini-batches can be learned from in parts: those that are no whole passes."""
+    return types.batch is None and _crossing(blocks) <= types.stacked
+
+
+def _crossing(blocks: Sequence[Block]) -> set[str]:
+    return {value for block in blocks if block.weighted for value in (*block.inputs, *block.outputs)}
 
 
 def check_classes(source: SourceModel, samples: Samples, where: str) -> None:

@@ -43,10 +43,12 @@ def reconstruct(
     progress: Progress = lambda *_: None,
     run: RunFolder | None = None,
     processes: Processes = ALONE,
+    parts: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[QuantTable, tuple[UnitResult, ...]]:
     """Reconstruct the units in order: each reads the quantized outputs of those before it and aims at its own float output.
 
-    Units that a run folder holds are not learned again: the streams pass through them as they were left.
+    Units that a run folder holds are not learned again: the streams pass through them as they were left. `parts`: of the mini-batches of
+    units, by name, whose work would not be within the memory budget otherwise.
     """
     source = units.source
     floats, quantized = units.stream(samples.inputs), units.stream(samples.inputs, table)
@@ -92,6 +94,7 @@ def reconstruct(
                 seed=int(np.random.SeedSequence([config.seed, position]).generate_state(1)[0]),
                 progress=_unit_progress(progress, name, done, total),
                 processes=processes,
+                splits=parts.get(name, 1),
                 is_compiled=is_compiled,
                 is_recorded=units.device.type == "cuda" and config.cuda_graphs == "auto",
             )
