@@ -5,7 +5,7 @@ Fake tensors have shapes and devices but no elements: an operation on two device
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -98,10 +98,19 @@ def device_made_believe(monkeypatch: pytest.MonkeyPatch, is_recorded: bool) -> I
         yield mode
 
 
+class Emulated:
+    """Graphs want a real device: what is captured here runs once, and replays do nothing."""
+
+    def rehearsed(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def captured(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        return function(), lambda: None
+
+
 @contextmanager
 def capturing(_: torch.Generator) -> Iterator[Capture]:
-    """Graphs want a real device: what is captured here runs once, and replays do nothing."""
-    yield lambda function: (function(), lambda: None)
+    yield Emulated()
 
 
 def taught(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatch, is_recorded: bool = False, **settings: Any) -> int:

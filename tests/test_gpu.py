@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from exporters import export_qdq, write_model
-from tests import zoo
+from tests import architectures, zoo
+from tests.test_architectures import samples_of
 from toolchain import memory, reconstruction, runtime
 from toolchain.config import Config
 from toolchain.pipeline import Quantized, quantize
@@ -92,20 +93,37 @@ def test_compiled_quantizers_learn_the_same(path: Path) -> None:
     assert differing(learned(path, "cuda", 100, compile="on"), learned(path, "cuda", 100, compile="off")) < 0.02
 
 
-def test_what_cannot_be_captured_leaves_the_device_as_it_was() -> None:
-    """A wait in the middle is refused, with its reason; the stream, and a generator made afterwards, work on."""
+def test_what_cannot_be_captured_is_found_before() -> None:
+    """A wait for the device is refused at the call before the capture, with its reason; a graph is captured afterwards as ever."""
     generator = torch.Generator("cuda").manual_seed(0)
     x, before = torch.ones(8, device="cuda"), torch.cuda.current_stream()
-
-    def waits() -> float:
-        return float(x.add_(1.0).sum())
-
     with capturing(generator) as capture:
-        recorded = Recorded(waits, capture)
-        assert [recorded() for _ in range(3)] == [16.0, 24.0, 32.0]
+        waiting = Recorded(lambda: float(x.add_(1.0).sum()), capture)
+        assert [waiting(), waiting()] == [16.0, 24.0]
         with pytest.raises(NotCapturedError):
-            recorded()
+            waiting()
     assert torch.cuda.current_stream() == before
-    assert x.tolist() == [4.0] * 8
-    torch.empty(4, device="cuda").random_(generator=torch.Generator("cuda").manual_seed(0))
-    torch.cuda.synchronize()
+    assert torch.cuda.get_sync_debug_mode() == 0
+    x.fill_(0.0)
+    with capturing(generator) as capture:
+        adding = Recorded(lambda: x.add_(1.0), capture)
+        for _ in range(10):
+            adding()
+    assert x.tolist() == [10.0] * 8
+
+
+def test_recurrent_layers_learn(tmp_path: Path) -> None:
+    """cuDNN takes gradients of its layers in training mode only."""
+    onnx.save(zoo.recurrent(), tmp_path / "net.onnx")
+    samples = zoo.images(32, (5, 8))
+    found = quantize(load_source(tmp_path / "net.onnx"), samples, Config(device="cuda", iterations=20, batch_size=8))
+    assert found.results
+
+
+@pytest.mark.parametrize("model", [architectures.bert, architectures.vit], ids=["bert", "vit"])
+def test_transformers_are_captured(model: Any, tmp_path: Path) -> None:
+    """Positions and masks that follow from shapes are copied to the device once."""
+    onnx.save(model(), tmp_path / "net.onnx")
+    source = load_source(tmp_path / "net.onnx")
+    found = quantize(source, samples_of(source, 32), Config(device="cuda", iterations=20, batch_size=8))
+    assert not [note for note in found.notes if "CUDA graph" in note]

@@ -17,12 +17,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tests import zoo
+from tests import architectures, zoo
+from tests.test_architectures import samples_of
 from toolchain import reconstruction, recording, step_learning, units
 from toolchain.config import Config
 from toolchain.pipeline import Quantized, quantize
 from toolchain.recording import Capture, NotCapturedError, Recorded
 from toolchain.source import load_source
+from toolchain.torch_import import TorchBlock
 from toolchain.unit import Unit
 
 
@@ -47,24 +49,29 @@ class Operations(TorchDispatchMode):
                     kept.copy_(made)
 
 
-def captured(function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+class Emulated:
     """Capturing does what it captures here: the first replay is that."""
-    with Operations() as operations:
-        result = function()
-    replays = [operations.again]
 
-    def replay() -> None:
-        with torch.no_grad():
-            replays[-1]()
-        replays.append(operations.again)
+    def rehearsed(self, function: Callable[[], Any]) -> Any:
+        return function()
 
-    replays.append(lambda: None)
-    return result, replay
+    def captured(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        with Operations() as operations:
+            result = function()
+        replays = [operations.again]
+
+        def replay() -> None:
+            with torch.no_grad():
+                replays[-1]()
+            replays.append(operations.again)
+
+        replays.append(lambda: None)
+        return result, replay
 
 
 @contextmanager
 def capturing(_: torch.Generator) -> Iterator[Capture]:
-    yield captured
+    yield Emulated()
 
 
 def learned(folder: Path, model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, is_recorded: bool, **settings: Any) -> Quantized:
@@ -82,8 +89,9 @@ def learned(folder: Path, model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatc
         patch.setattr(recording, "capturing", capturing)
         patch.setattr(reconstruction, "anneal", anneal)
         patch.setattr(units, "learner", learner)
-        config = Config(device="cpu", iterations=30, batch_size=4, compile="off", **settings)
-        return quantize(load_source(folder / "net.onnx"), zoo.images(16), config)
+        config = Config(device="cpu", iterations=20, batch_size=4, compile="off", **settings)
+        source = load_source(folder / "net.onnx")
+        return quantize(source, samples_of(source), config)
 
 
 @pytest.mark.parametrize(
@@ -104,9 +112,12 @@ def test_replayed_steps_learn_what_steps_learn(settings: Any, tmp_path: Path, mo
             np.testing.assert_array_equal(replayed.table.tensors[name].codes, grid.codes, err_msg=name)
 
 
-def test_so_do_other_operators_and_several_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step_by_step, replayed = (learned(tmp_path, zoo.every_rule(), monkeypatch, is_recorded) for is_recorded in (False, True))
-    assert len(replayed.results) >= 3
+@pytest.mark.parametrize("model", [zoo.every_rule, architectures.bert, architectures.unet], ids=lambda model: model.__name__)
+def test_so_do_other_operators_and_several_outputs(
+    model: Callable[[], onnx.ModelProto], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step_by_step, replayed = (learned(tmp_path, model(), monkeypatch, is_recorded) for is_recorded in (False, True))
+    assert len(replayed.results) >= 2
     assert [(r.loss_before, r.loss_after) for r in replayed.results] == [(r.loss_before, r.loss_after) for r in step_by_step.results]
 
 
@@ -121,11 +132,39 @@ def test_most_steps_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert calls.count("move") == 8 * len(found.results)
 
 
+def test_recurrent_layers_that_hand_gradients_on_are_in_training_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CuDNN has no gradients of them otherwise."""
+    called: list[tuple[bool, bool]] = []
+    lstm = torch.lstm
+
+    def spy(x: torch.Tensor, *rest: Any) -> Any:
+        called.append((x.requires_grad and torch.is_grad_enabled(), rest[-3]))
+        return lstm(x, *rest)
+
+    monkeypatch.setattr(torch, "lstm", spy)
+    onnx.save(zoo.recurrent(), tmp_path / "net.onnx")
+    quantize(load_source(tmp_path / "net.onnx"), zoo.images(16, (5, 8)), Config(device="cpu", iterations=3, batch_size=4))
+    assert set(called) == {(True, True), (False, False)}
+
+
+def test_host_values_are_copied_to_a_device_once() -> None:
+    """To copy them again would wait for the device. They are told apart by what is in them."""
+    block = TorchBlock.__new__(TorchBlock)
+    object.__setattr__(block, "_copies", {})
+    meta = torch.device("meta")
+    first, other = (block._placed(torch.tensor(axis), meta) for axis in ([1, 2], [1, 3]))
+    assert first.device == meta
+    assert block._placed(torch.tensor([1, 2]), meta) is first
+    assert block._placed(torch.tensor([[1, 2]]), meta) is not first
+    assert other is not first
+    assert block._placed(axis := torch.tensor([1, 2]), torch.device("cpu")) is axis
+
+
 def test_the_emulation_tells() -> None:
     """What these tests stand on: a number stays what it was, a tensor is read anew."""
     number, tensor, out = [1.0], torch.ones(()), torch.zeros(2)
-    with_number = Recorded(lambda: out.add_(number[0]), captured)
-    with_tensor = Recorded(lambda: out.add_(tensor), captured)
+    with_number = Recorded(lambda: out.add_(number[0]), Emulated())
+    with_tensor = Recorded(lambda: out.add_(tensor), Emulated())
     for _ in range(5):
         with_number()
         with_tensor()
@@ -142,12 +181,13 @@ def test_a_step_that_cannot_be_captured_is_learned_as_it_is(tmp_path: Path, monk
     model = zoo.tiny_resnet()
     expected = learned(tmp_path, model, monkeypatch, is_recorded=False)
 
-    def refuse(_: Any) -> Any:
-        raise NotCapturedError("operation not permitted when stream is capturing")
+    class Refusing(Emulated):
+        def captured(self, function: Callable[[], Any]) -> Any:
+            raise NotCapturedError("operation not permitted when stream is capturing")
 
     @contextmanager
     def refusing(_: torch.Generator) -> Iterator[Capture]:
-        yield refuse
+        yield Refusing()
 
     def learner(config: Config) -> units.Learner:
         is_first = []
@@ -160,8 +200,9 @@ def test_a_step_that_cannot_be_captured_is_learned_as_it_is(tmp_path: Path, monk
 
     monkeypatch.setattr(recording, "capturing", refusing)
     monkeypatch.setattr(units, "learner", learner)
-    config = Config(device="cpu", iterations=30, batch_size=4, compile="off")
-    found = quantize(load_source(tmp_path / "net.onnx"), zoo.images(16), config)
+    config = Config(device="cpu", iterations=20, batch_size=4, compile="off")
+    source = load_source(tmp_path / "net.onnx")
+    found = quantize(source, samples_of(source), config)
     assert len(found.notes) == len(expected.results)
     assert found.notes[0].endswith("without a CUDA graph, which takes longer: operation not permitted when stream is capturing")
     for name, grid in expected.table.tensors.items():

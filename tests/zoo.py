@@ -179,3 +179,13 @@ def loaded(model: onnx.ModelProto, folder: Path) -> SourceModel:
     path = folder / "model.onnx"
     onnx.save(model, path)
     return load_source(path)
+
+
+def recurrent() -> onnx.ModelProto:
+    """An LSTM between two products: [N, 5, 8] to [N, 4]."""
+    b = Builder({"x": ["N", 5, 8]})
+    x = b.op("Relu", b.op("MatMul", "x", b.weight("before", (8, 8), 8)))
+    w, r = b.weight("rec_w", (1, 4 * 12, 8), 8), b.weight("rec_r", (1, 4 * 12, 12), 12)
+    y = b.op("LSTM", b.op("Transpose", x, perm=[1, 0, 2]), w, r, hidden_size=12, outputs=2)
+    last = b.op("Gather", y, b.constant("last", np.array(-1, np.int64)))
+    return b.model(b.op("MatMul", b.op("Squeeze", last, b.constant("axis", np.array([0], np.int64))), b.weight("after", (12, 4), 12)))

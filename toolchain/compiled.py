@@ -41,8 +41,10 @@ def is_worth(steps: int, elements: int, device: torch.device) -> bool:
 def refusal(device: torch.device) -> str | None:
     """Why nothing can be compiled for a device; None where it can be."""
     try:
-        x = torch.ones(64, device=device)
-        _loop(_dropped)(x, x[0], torch.ones(4, device=device), x.to(torch.uint8))
+        x, ends = torch.ones(64, device=device), torch.ones(4, device=device)
+        with torch.no_grad():  # as where they are called
+            _loop(_dropped)(x, x[0], ends, x.to(torch.uint8))
+            _loop(_backward)(x, x, x[0], x, ends)
     except Exception as error:  # whatever the compiler, the linker and their folders have to say
         return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return None

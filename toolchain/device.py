@@ -1,11 +1,27 @@
 """Where torch computes, and how exactly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .errors import UsageError
 
-# cuDNN would compute convolutions in TF32 by itself, whose 10-bit mantissa moves values across rounding ties and fails the import check.
-full_float32 = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute in float32 where it is asked for.
+
+    cuDNN takes TF32 for convolutions by itself, and cuBLAS for products where the environment says so: its 10-bit mantissa moves values
+    across rounding ties and fails the import check.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def pick_device(name: str) -> torch.device:
@@ -13,3 +29,9 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda: torch {torch.__version__} finds no CUDA device; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def give_back(device: torch.device) -> None:
+    """Give back what torch keeps of a device's memory for later: ONNX Runtime takes its own."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from .simulation import few_samples
 from .source import SourceModel, infer_types
 
 
-@full_float32
+@full_float32()
 def examine(
     source: SourceModel, quantized: Quantized, samples: Samples, limit: float | None, progress: Progress = lambda *_: None
 ) -> tuple[tuple[GridFit, ...], Sensitivity]:

@@ -213,8 +213,7 @@ class Room:
         order = (0, 2, 3, 1) if len(shape) == 4 else tuple(range(len(shape)))
         flat, place = self._on_device(size, dtype, device) if device.type != "cpu" else None, "on_device"
         if flat is None and (size == 0 or self.used + size <= self._limit):
-            # Pinned memory is copied to the device while that computes.
-            flat, place = torch.empty(size // dtype.itemsize, dtype=dtype, pin_memory=device.type == "cuda"), "used"
+            flat, place = self._in_host(size // dtype.itemsize, dtype, device), "used"
         if flat is None:
             flat, place = self._mapped(size, dtype), "filed"
         tensor = flat.view([shape[axis] for axis in order])
@@ -237,6 +236,14 @@ class Room:
             self._device_limit = self.on_device
             self.note(f"the device's memory was full at {readable(self.on_device)} of cached activations: the others are in the host's")
             return None
+
+    def _in_host(self, count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        if device.type == "cuda":
+            try:
+                return torch.empty(count, dtype=dtype, pin_memory=True)  # copied to the device while that computes
+            except RuntimeError:  # the system does not let so much be pinned
+                self.note("cached activations in the host's memory could not be pinned, which makes copies to the device slower")
+        return torch.empty(count, dtype=dtype)
 
     def _count(self, place: str, size: int) -> None:
         if place == "on_device":

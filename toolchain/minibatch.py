@@ -110,15 +110,18 @@ class Draw:
             part = self._passes.part(value, selection)
             return part.clone() if isinstance(part, torch.Tensor) else part
         assert not isinstance(value, Parts)
-        kept = _rows(value.kept if isinstance(value, Packed) else value, selection).to(self.device, non_blocking=True)
+        kept = _rows(value.kept if isinstance(value, Packed) else value, selection, self.device).to(self.device, non_blocking=True)
         return value.packing.unpack(kept) if isinstance(value, Packed) else kept
 
 
-def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """A mini-batch of a cached value, in its layout: whole samples are contiguous in memory, so that this is a copy of rows."""
+def _rows(tensor: torch.Tensor, rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A mini-batch of a cached value, in its layout: whole samples are contiguous in memory, so that this is a copy of rows.
+
+    On the host it is made in pinned memory where it goes to a device, which then computes while it is copied.
+    """
     order = (0, 2, 3, 1) if tensor.dim() == 4 else tuple(range(tensor.dim()))
     flat = tensor.permute(order).reshape(len(tensor), -1)
-    if tensor.is_pinned():
+    if tensor.device.type == "cpu" and device.type == "cuda":
         picked = torch.empty((len(rows), flat.shape[1]), dtype=tensor.dtype, pin_memory=True)
         torch.index_select(flat, 0, rows, out=picked)
     else:

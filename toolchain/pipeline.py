@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from .activations import TorchModel
 from .bias_correction import correct_biases
 from .config import Config
-from .device import full_float32, pick_device
+from .device import full_float32, give_back, pick_device
 from .grids import calibrate, with_biases
 from .importing import imported
 from .islands import find_islands
@@ -55,7 +55,7 @@ class Quantized:
     ranges: tuple[RangeChoice, ...] = ()
 
 
-@full_float32
+@full_float32()
 @enough("the calibration or reconstruction")
 def quantize(
     source: SourceModel,
@@ -144,6 +144,7 @@ def quantize(
         if config.bias_correction:
             table = correct_biases(units, placement, table, samples)
     laps.end("reconstruct")
+    give_back(device)
     return Quantized(
         table,
         placement,

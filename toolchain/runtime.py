@@ -318,7 +318,8 @@ def _type_proto(text: str) -> onnx.TypeProto:
 def _open(
     model: onnx.ModelProto | Path, options: ort.SessionOptions, provider: str, without: frozenset[str] = frozenset()
 ) -> ort.InferenceSession:
-    providers = [provider] if provider == CPU else [provider, CPU]
+    # TF32, which the CUDA provider takes by itself, moves values across rounding ties: float32, as in torch.
+    providers = [CPU] if provider == CPU else [(provider, {"use_tf32": "0"}), CPU]
     if isinstance(model, onnx.ModelProto) and large.is_large(model):
         with tempfile.TemporaryDirectory() as folder:
             large.stored(model, Path(folder) / "model.onnx")

@@ -8,7 +8,7 @@ import torch
 from . import runtime
 from .activations import Parts, TorchModel, quantizing, unpacked
 from .config import Config
-from .device import full_float32
+from .device import full_float32, give_back
 from .importing import cut_blocks
 from .islands import find_islands
 from .quant_table import QuantTable
@@ -17,7 +17,7 @@ from .scheme import ORT_CPU, Scheme
 from .source import SourceModel, infer_types
 
 
-@full_float32
+@full_float32()
 def simulate(
     source: SourceModel,
     table: QuantTable,
@@ -61,10 +61,11 @@ def simulate(
         arrays = [part.cpu().numpy() if isinstance(part, torch.Tensor) else runtime.as_array(part) for part in parts]
         joined = runtime.joined([array[np.newaxis] for array in arrays] if runtime.takes_each(source.axes) else arrays)
         found[name] = joined[:count] if isinstance(value, torch.Tensor) else joined
+    give_back(device)
     return found
 
 
-@full_float32
+@full_float32()
 def simulated_values(
     source: SourceModel, table: QuantTable, samples: Samples, islands: Mapping[str, str] | None = None
 ) -> dict[str, np.ndarray]:

@@ -263,7 +263,9 @@ def _why_weightless(model: onnx.ModelProto, quantized: onnx.NodeProto | None) ->
         return (
             f"{missing} outside control flow (node {control.name!r}, {control.op_type}), which is left alone; there is nothing to quantize"
         )
-    return f"{missing}; there is nothing to quantize"
+    kinds = list(dict.fromkeys(node.op_type for node in model.graph.node))
+    shown = ", ".join(kinds[:6]) + (" ..." if len(kinds) > 6 else "")
+    return f"{missing} (it is made of {shown}); there is nothing to quantize"
 
 
 def infer_types(

@@ -156,7 +156,7 @@ def validate(
     counted = right[1] if right is not None else same
     executed = runtime.optimized(quantized, provider)
     return ValidationReport(
-        provider=provider,
+        provider=deployed.get_providers()[0],  # the CPU's, where ONNX Runtime fell back to it
         samples=samples.count,
         top1_float=accuracy(reference, 1),
         top1_quantized=accuracy(outputs, 1),

@@ -39,6 +39,7 @@ from toolchain import reconstruction, report
 from toolchain.activations import TorchModel, unpacked
 from toolchain.config import Config
 from toolchain.cpu import keep_freed_memory
+from toolchain.device import full_float32
 from toolchain.grids import biases_of, calibrate, with_biases
 from toolchain.losses import loss_of
 from toolchain.placement import place
@@ -317,6 +318,7 @@ def arguments(description: str | None, iterations: int = 10, is_written: bool = 
     return parser
 
 
+@full_float32()
 def main() -> None:
     """Time, add to the results file, print a Markdown table."""
     parser = arguments(__doc__, is_written=False)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ class TorchBlock(torch.nn.Module):
         self._host_outputs = host_outputs
         self._modules_of_steps = torch.nn.ModuleList([s.call for s in steps if isinstance(s.call, torch.nn.Module)])
         self._constant_names = tuple(constants)
+        self._copies: dict[tuple[Any, ...], torch.Tensor] = {}
         for index, tensor in enumerate(constants.values()):
             self.register_buffer(f"constant_{index}", tensor)
 
@@ -83,7 +85,7 @@ class TorchBlock(torch.nn.Module):
         for step in self._steps:
             arguments = [alive[name] if name else None for name in step.inputs]
             for index in step.moves:
-                arguments[index] = alive[step.inputs[index]].to(device)
+                arguments[index] = self._placed(alive[step.inputs[index]], device)
             is_left = step.bounds is not None and step.outputs[0] in unbounded
             made = alive[step.inputs[0]] if is_left else step.call(*arguments)
             for name, tensor in zip(step.outputs, made if isinstance(made, (tuple, list)) else (made,), strict=False):
@@ -91,7 +93,19 @@ class TorchBlock(torch.nn.Module):
                     alive[name] = tensor if observe is None else observe(name, tensor)
             for name in step.frees:
                 del alive[name]
-        return {name: alive[name].to(device) if name in self._host_outputs else alive[name] for name in self.block.outputs}
+        return {name: self._placed(alive[name], device) if name in self._host_outputs else alive[name] for name in self.block.outputs}
+
+    def _placed(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A value of the host on the block's device, copied there once: to copy it waits for the device, which no graph can capture.
+
+        Such values follow from shapes: there are few.
+        """
+        if device.type == "cpu":
+            return tensor
+        key = (device, tensor.dtype, tuple(tensor.shape), tensor.contiguous().numpy().tobytes())
+        if key not in self._copies:
+            self._copies[key] = tensor.to(device)
+        return self._copies[key]
 
 
 def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchBlock:

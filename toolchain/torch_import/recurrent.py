@@ -132,7 +132,8 @@ def _fused(
 
     parameters = [ordered(w), ordered(r), *(ordered(part) for part in b.chunk(2))]
     state = [s.unsqueeze(0).contiguous() for s in initial]
-    options = (parameters, True, 1, 0.0, False, False, False)
+    # Biases, one layer, no dropout, in training mode where gradients are wanted: cuDNN has none of them otherwise.
+    options = (parameters, True, 1, 0.0, torch.is_grad_enabled(), False, False)
     if settings.kind == "LSTM":
         y, h, c = torch.lstm(x, state, *options)
         return y, h[0], c[0]
