@@ -135,6 +135,32 @@ def test_units_that_do_not_fit_the_budget_are_learned_from_in_parts(tmp_path: Pa
     assert again.notes == found.notes
 
 
+@pytest.mark.parametrize(("algorithm", "keeps"), [("brecq", True), ("bit-split", False)])
+def test_only_what_is_learned_from_mini_batches_is_said_to_be_in_parts(
+    algorithm: str, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every unit takes more than this budget leaves; those whose layers stay float learn nothing, and bit-split draws no mini-batches."""
+    source, samples = zoo.loaded(zoo.tiny_resnet(), tmp_path), zoo.images(48)
+    layers = [node.name for node in source.graph.weighted]
+    monkeypatch.setattr(Demand, "room_in", lambda *_: math.inf)
+    config = Config(
+        device="cpu",
+        iterations=1,
+        batch_size=8,
+        units="none",
+        algorithm=algorithm,
+        weight_scheme="symmetric",
+        memory_budget="1",
+        keep_float=(layers[0],) if keeps else (),
+    )
+    found = pipeline.quantize(source, samples, config)
+    said = {note.partition(":")[0].removeprefix("unit ") for note in found.notes if "parts of a mini-batch" in note}
+    assert found.results
+    assert said == ({result.unit for result in found.results} if algorithm == "brecq" else set())
+    if algorithm == "brecq":
+        assert len(found.results) < len(found.plan.units)
+
+
 def test_whole_passes_are_not_divided(tmp_path: Path) -> None:
     """A model of a fixed batch: the budget has to hold its passes."""
     source = zoo.loaded(zoo.tiny_resnet(), tmp_path)

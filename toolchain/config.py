@@ -272,6 +272,11 @@ class Config:
         return self.algorithm in (*LAYERWISE, "brecq", "qdrop")
 
     @property
+    def draws(self) -> bool:
+        """Whether it learns from mini-batches; bit-split solves for all samples at once."""
+        return self.learns and self.algorithm != "bit-split"
+
+    @property
     def chooses_ranges(self) -> bool:
         """Whether activation ranges are chosen by what they do to the outputs; some algorithms have their own."""
         return self.activation_range == "auto" and self.algorithm not in ("minmax", "aciq", "lapq")

@@ -123,7 +123,7 @@ def quantize(
     together = pass_size(types, plan.units, config)
     # What is in use differs from run to run: one that is resumed takes the same parts.
     parts = saved.facts["parts"] if saved else {}
-    if config.memory is not None and expected.device is None and not saved:
+    if config.memory is not None and config.draws and expected.device is None and not saved:
         work = Work(source, types, placement.activations.keys(), samples.count, config.batch, together, is_divisible(types, plan.units))
         parts = {unit.name: work.parts_within(unit, config.memory - expected.taken) for unit in plan.units}
     parts = processes.first(parts)
@@ -160,7 +160,7 @@ def quantize(
             *([rewritten] if rewritten is not None else []),
             *_without_range(unseen),
             *(_learned_once(units, table) if config.learns else ()),
-            *(f"unit {unit}: {count} parts of a mini-batch, to stay within --memory-budget" for unit, count in parts.items() if count > 1),
+            *_learned_in_parts(results, parts),
             *room.notes,
         ),
         ranges,
@@ -186,6 +186,12 @@ def _learned_once(units: TorchModel, table: QuantTable) -> tuple[str, ...]:
         return ()
     weight, (first, second, *_) = next(iter(shared.items()))
     return (f"weights of several units are learned with the first that reads them: {weight!r} with {first}, not {second}{_others(shared)}",)
+
+
+def _learned_in_parts(results: Sequence[UnitResult], parts: Mapping[str, int]) -> tuple[str, ...]:
+    """What is to be said of units that a memory budget has learned from parts of mini-batches."""
+    divided = [(result.unit, count) for result in results if (count := parts.get(result.unit, 1)) > 1]
+    return tuple(f"unit {unit}: {count} parts of a mini-batch, to stay within --memory-budget" for unit, count in divided)
 
 
 def _others(named: Sized) -> str:

@@ -26,10 +26,10 @@ from .quant_table import TensorQuant
 from .samples import Samples
 from .source import SourceModel
 
-_FORMAT = 2
+_FORMAT = 3
 _MANIFEST = "run.json"
 _PART = ".part"
-# Where the work is done and how much of the machine it may take leave the result as it is.
+# Where the work is done leaves the result as it is; so does another budget, since the parts that the first asked for are kept.
 _WITHOUT_EFFECT = frozenset({"device", "memory_budget"})
 
 
