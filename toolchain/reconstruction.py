@@ -76,9 +76,8 @@ class _Step:
         given = unit.given
         weights = {name: given[name] for name in unit.weights}
         self._table, self._settings, self._draw = table, settings, draw
-        self._scales = LearnedWeightSteps(
-            {name: w.shape for name, w in weights.items()} if settings.weight_step_lr > 0 else {}, table, device
-        )
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        self._scales = LearnedWeightSteps(shapes if settings.weight_step_lr > 0 else {}, table, device)
         self.rounding = LearnedRounding(weights, table, device, self._scales if self._scales.factors else None)
         self._constants = constants_of(piece.weights, given, None, device)
         self.biases = LearnedBiases(unit.biases if settings.bias_lr > 0 else {}, unit.floats, table, device)
@@ -123,9 +122,10 @@ class _Step:
         loss = torch.zeros((), device=self._draw.device)
         for selection in self._selections:
             batch = self._draw.gathered(selection, is_mixed=self._coins is not None) if self._held is None else self._held
-            fed = self._draw.mixed(batch, self._coins)
+            fed, targets = self._draw.mixed(batch, self._coins), batch.targets
+            del batch  # the float stream, which is not needed while gradients are computed
             outputs = self._run(fed | self._constants | soft | biases)
-            part = loss_of(outputs, batch.targets, self._draw.shares) / self._draw.parts(selection, self._selections)
+            part = loss_of(outputs, targets, self._draw.shares) / self._draw.parts(selection, self._selections)
             if part.requires_grad:
                 part.backward(retain_graph=selection is not self._selections[-1])  # the parts share the biases
             loss += part.detach()
