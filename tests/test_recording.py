@@ -208,3 +208,10 @@ def test_a_step_that_cannot_be_captured_is_learned_as_it_is(tmp_path: Path, monk
     for name, grid in expected.table.tensors.items():
         if grid.codes is not None:
             np.testing.assert_array_equal(found.table.tensors[name].codes, grid.codes, err_msg=name)
+
+
+def test_after_a_capture_that_failed_no_other_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's memory of that device is between two states: the next capture would fail for another reason than it says."""
+    monkeypatch.setattr(recording, "_broken", {torch.device("cpu")})
+    with pytest.raises(NotCapturedError, match="an earlier capture failed"), recording.capturing(torch.Generator()):
+        pass

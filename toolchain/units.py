@@ -149,7 +149,8 @@ def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
     if refused is None:
         return True
     if config.compile == "on":
-        raise UsageError(f"--compile on: torch could not compile: {refused}; install a C++ compiler (g++), or use --compile off")
+        needed = "a C++ compiler (g++)" if units.device.type == "cpu" else "a C compiler (gcc) and Python's headers, for Triton"
+        raise UsageError(f"--compile on: torch could not compile: {refused}; install {needed}, or use --compile off")
     units.room.note(f"quantizers ran as single operations, which takes longer: torch could not compile: {refused}")
     return False
 
