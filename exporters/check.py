@@ -47,7 +47,10 @@ class Violation:
 
 @dataclass(frozen=True)
 class Pair:
-    """One QuantizeLinear or DequantizeLinear node with its parameters; `codes` are there for constants. `zero_point` None: left out."""
+    """One QuantizeLinear or DequantizeLinear node with its parameters. `zero_point` None: left out.
+
+    `codes` are there for constants: those of the file, or the floats that a QuantizeLinear makes them of when it is loaded.
+    """
 
     node: onnx.NodeProto
     kind: int
@@ -76,6 +79,9 @@ class File:
         self.graph = model.graph
         self.opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Constant":
+                self._tensors.update((node.output[0], a.t) for a in node.attribute if a.name == "value")
         self.producer = {value: node for node in model.graph.node for value in node.output if value}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
@@ -119,6 +125,27 @@ class File:
             if weight is not None and weight.is_constant:
                 yield node, weight
 
+    def quantized_behind(self, value: str) -> Pair | None:
+        """The quantizer of a value, or of what Relu and Clip make of it, where nothing else reads these."""
+        readers = self.readers.get(value, [])
+        if len(readers) != 1:
+            return None
+        if readers[0].op_type in ("Relu", "Clip"):
+            return self.quantized_behind(readers[0].output[0])
+        return self.pair(readers[0]) if readers[0].op_type == "QuantizeLinear" else None
+
+    def bounds(self, activation: onnx.NodeProto) -> tuple[float, float]:
+        """What a Relu or Clip holds values between; nothing is known (infinities the wrong way) where the bounds are computed."""
+        if activation.op_type == "Relu":
+            return 0.0, math.inf
+        attributes = {a.name: a.f for a in activation.attribute}
+        ends = [attributes.get("min", -math.inf), attributes.get("max", math.inf)]
+        for index, value in enumerate(activation.input[1:3]):
+            if value:
+                found = self._array(value)
+                ends[index] = float(found) if found is not None else (math.inf, -math.inf)[index]
+        return ends[0], ends[1]
+
     def kind_of(self, value: str) -> int:
         """The element type of a quantized value, or 0."""
         tensor = self._tensors.get(value)
@@ -127,10 +154,13 @@ class File:
     def _pair(self, node: onnx.NodeProto) -> Pair:
         scale, zero_point = (self._array(node.input[i]) if len(node.input) > i and node.input[i] else None for i in (1, 2))
         attributes = {a.name: a.i for a in node.attribute}
-        kind = self.kind_of(node.input[2]) if len(node.input) > 2 and node.input[2] else 0
-        if not kind:
-            kind = self.kind_of(node.input[0]) or attributes.get("output_dtype", 0) or TensorProto.UINT8
-        codes = self._array(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        kind, made = self.kind_of(node.input[2]) if len(node.input) > 2 and node.input[2] else 0, self.producer.get(node.input[0])
+        source = made if node.op_type == "DequantizeLinear" and made is not None and made.op_type == "QuantizeLinear" else None
+        if not kind and node.op_type == "QuantizeLinear":
+            kind = attributes.get("output_dtype", 0) or TensorProto.UINT8
+        elif not kind:  # its own output_dtype is that of the floats
+            kind = self._pair(source).kind if source is not None else self.kind_of(node.input[0]) or TensorProto.UINT8
+        codes = self._array((source if source is not None else node).input[0])
         return Pair(node, kind, scale, zero_point, codes, attributes.get("block_size", 0))
 
     def _array(self, name: str) -> np.ndarray | None:
@@ -162,8 +192,8 @@ def _sound(file: File) -> Iterator[Violation]:
             continue
         if not (np.isfinite(pair.scale).all() and (pair.scale >= np.finfo(np.float32).tiny).all()):
             yield _at(pair.node, "its scale has zeros, infinities or denormal numbers")
-        if pair.zero_point is not None and pair.zero_point.shape != pair.scale.shape:
-            yield _at(pair.node, "scale and zero point have different shapes")
+        if pair.zero_point is not None and pair.zero_point.size != pair.scale.size:
+            yield _at(pair.node, "scale and zero point have different sizes")
         source = file.producer.get(pair.node.input[0])
         if not pair.quantizes and not pair.is_constant and source is not None and source.op_type == "QuantizeLinear":
             made = file._by_output[source.output[0]]
@@ -172,7 +202,7 @@ def _sound(file: File) -> Iterator[Violation]:
 
 
 def _tensorrt(file: File) -> Iterator[Violation]:
-    allowed = {TensorProto.INT8, *_INT4, TensorProto.FLOAT8E4M3FN}
+    allowed = {TensorProto.INT8, TensorProto.INT4, TensorProto.FLOAT8E4M3FN}
     for pair in file.pairs:
         name = _NAMES(pair.kind)
         if pair.kind == TensorProto.INT32:
@@ -185,8 +215,11 @@ def _tensorrt(file: File) -> Iterator[Violation]:
             yield _at(pair.node, "zero points must be 0")
         if not pair.is_constant and not pair.per_tensor:
             yield _at(pair.node, "activations have one scale for the tensor")
-        if pair.kind in _INT4 and (not pair.is_constant or not pair.block):
-            yield _at(pair.node, "int4 is for block-wise weights only")
+        ends = {end.op_type for end in file.readers.get(pair.node.output[0], [])}
+        if pair.kind == TensorProto.INT4 and not (pair.is_constant and pair.block and ends <= {"MatMul", "Gemm", "DequantizeLinear"}):
+            yield _at(pair.node, "int4 is for block-wise weights of matrix products only")
+        elif pair.block and pair.kind != TensorProto.INT4:
+            yield _at(pair.node, f"blocks are for int4 weights only, and these are {name}")
         source = file.producer.get(pair.node.input[0])
         if not pair.quantizes and not pair.is_constant and (source is None or source.op_type != "QuantizeLinear"):
             yield _at(pair.node, "nothing may stand between QuantizeLinear and DequantizeLinear")
@@ -210,7 +243,7 @@ def _openvino(file: File) -> Iterator[Violation]:
     for pair in file.pairs:
         if pair.quantizes and pair.kind not in allowed:
             yield _at(pair.node, f"QuantizeLinear to {_NAMES(pair.kind)} is not supported: 4 and 8-bit integers are")
-        elif not pair.quantizes and pair.kind in (TensorProto.INT2, TensorProto.UINT2, *(_FLOAT8 - allowed)):
+        elif not pair.quantizes and pair.kind in (TensorProto.INT2, TensorProto.UINT2, *(_FLOAT8 - allowed - {TensorProto.FLOAT8E5M2})):
             yield _at(pair.node, f"DequantizeLinear of {_NAMES(pair.kind)} is not supported")
         if pair.quantizes and pair.kind in (TensorProto.INT16, TensorProto.UINT16):
             yield _at(pair.node, "OpenVINO takes 16-bit quantizers out of the graph", "inexact")
@@ -265,7 +298,8 @@ def _qnn(file: File) -> Iterator[Violation]:
     activations = {TensorProto.UINT8, TensorProto.UINT16, TensorProto.INT8, TensorProto.INT16}
     weights = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4, TensorProto.INT16, TensorProto.UINT16}
     for pair in file.pairs:
-        if pair.is_constant and pair.kind not in weights | {TensorProto.INT32, *activations}:
+        packed = _QNN_BLOCKS.keys() if pair.block else ()
+        if pair.is_constant and pair.kind not in {TensorProto.INT32, *weights, *activations, *packed}:
             yield _at(pair.node, f"{_NAMES(pair.kind)} constants are not supported: int4, int8 and 16 bits are")
         if not pair.is_constant and pair.kind not in activations:
             yield _at(pair.node, f"{_NAMES(pair.kind)} activations are not supported: 8 and 16 bits are")
@@ -282,8 +316,12 @@ def _qnn(file: File) -> Iterator[Violation]:
             yield _at(node, "a scale for each channel of a matrix product: older execution providers leave it to the CPU", "slow")
         if not weight.per_tensor and weight.zero_point is not None and np.asarray(weight.zero_point, np.int32).any():
             yield _at(node, "weights with a scale for each channel have no zero points")
-        if len(node.input) > 2 and node.input[2] and file.dequantized(node.input[2]) is None:
-            yield _at(node, "its bias is float: the HTP wants int32 with scale s_x * s_w")
+        yield from _qnn_bias(file, node, weight, source)
+        made = file.quantized_behind(node.output[0])
+        if made is not None and source is not None and _WIDTHS.get(made.kind) != _WIDTHS.get(source.kind):
+            yield _at(node, "its input and its result have grids of different widths: the provider leaves it in float", "slow")
+        if made is not None and not _is_one_activation(file, node, made):
+            yield _at(node, "what stands between it and its quantizer is more than one activation that the quantizer implies", "slow")
     for node in file.graph.node:
         if node.op_type in ("QuantizeLinear", "DequantizeLinear", "Clip", "Relu"):
             continue
@@ -303,6 +341,38 @@ def _qnn(file: File) -> Iterator[Violation]:
     for value in outputs:
         if file.dequantized(value) is None and value in file.producer:
             yield _at(file.producer[value], "it makes a graph output in float: the HTP runs quantized operators only", value=value)
+
+
+_WIDTHS: Mapping[int, int] = {TensorProto.UINT8: 8, TensorProto.INT8: 8, TensorProto.UINT16: 16, TensorProto.INT16: 16}
+
+
+def _qnn_bias(file: File, node: onnx.NodeProto, weight: Pair, source: Pair | None) -> Iterator[Violation]:
+    if len(node.input) < 3 or not node.input[2]:
+        return
+    bias = file.dequantized(node.input[2])
+    if bias is None and file.is_constant(node.input[2]):
+        yield _at(node, "its bias is float: ONNX Runtime rounds it to int32 with scale s_x * s_w by itself", "inexact")
+    elif bias is None:
+        yield _at(node, "its bias is float: the HTP wants int32 with scale s_x * s_w")
+    elif bias.scale is not None and weight.scale is not None and source is not None and source.scale is not None and not weight.block:
+        wanted = source.scale * weight.scale.reshape(-1)
+        if bias.scale.size not in (1, wanted.size) or not np.allclose(bias.scale.reshape(-1), wanted, rtol=1e-4, atol=0.0):
+            yield _at(node, "the scale of its bias is not s_x * s_w: the HTP takes that one instead", "inexact")
+
+
+def _is_one_activation(file: File, node: onnx.NodeProto, quantizer: Pair) -> bool:
+    """Whether nothing, or one Relu or Clip that cuts off no number of the grid behind it, stands between a layer and its quantizer."""
+    between = file.readers[node.output[0]][0]
+    if between.output[0] == quantizer.node.output[0]:
+        return True
+    if file.readers[between.output[0]][0].output[0] != quantizer.node.output[0] or quantizer.scale is None:
+        return False
+    info = np.iinfo(onnx.helper.tensor_dtype_to_np_dtype(quantizer.kind)) if quantizer.kind in _WIDTHS else None
+    if info is None:
+        return False
+    zero, scale = int(0 if quantizer.zero_point is None else quantizer.zero_point.reshape(-1)[0]), float(quantizer.scale.reshape(-1)[0])
+    low, high = file.bounds(between)
+    return low <= (info.min - zero + 0.5) * scale and high >= (info.max - zero - 0.5) * scale
 
 
 def _ort_cpu(file: File) -> Iterator[Violation]:
@@ -331,7 +401,7 @@ def _ort_cpu(file: File) -> Iterator[Violation]:
             yield _at(node, f"int8 weights beside {_NAMES(source.kind)} activations fuse into a kernel that does not exist")
         if weight.kind in _INT4:
             yield _at(node, "int4 weights are dequantized and run in float", "slow")
-        if node.op_type == "Conv" and not _is_quantized_behind(file, node.output[0]):
+        if node.op_type == "Conv" and file.quantized_behind(node.output[0]) is None:
             yield _at(node, "its result is not quantized, behind its activation if it has one: it runs in float", "slow")
     for node in file.graph.node:
         if node.op_type == "Softmax" and file.dequantized(node.input[0]) is not None and _sums_too_finely(file, node):
@@ -350,13 +420,6 @@ def _sums_too_finely(file: File, softmax: onnx.NodeProto) -> bool:
     pairs = [file.pair(reader) for reader in file.readers.get(softmax.output[0], []) if reader.op_type == "QuantizeLinear"]
     scales = [pair.scale for pair in pairs if pair.kind in (TensorProto.UINT8, TensorProto.INT8)]
     return any(scale is not None and float(scale.min()) * size < math.exp(-5) for scale in scales)
-
-
-def _is_quantized_behind(file: File, value: str) -> bool:
-    readers = file.readers.get(value, [])
-    if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
-        return _is_quantized_behind(file, readers[0].output[0])
-    return len(readers) == 1 and readers[0].op_type == "QuantizeLinear"
 
 
 _RULES: Mapping[str, tuple[Rule, ...]] = {

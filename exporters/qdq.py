@@ -154,7 +154,7 @@ def _storages(graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, tables:
     has_int2 = scheme.name in _INT2_TARGETS
     return {
         name: storage_of(grid.spec)
-        if grid.codes is None or name in tables
+        if grid.codes is None or name in tables or (scheme.packed_blocks and grid.spec.block is None)
         else packed_storage_of(grid.spec, name in beside or not has_int2)
         for name, grid in table.tensors.items()
     }

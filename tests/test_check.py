@@ -1,6 +1,7 @@
 """The checker: what the exporter writes for a target passes that target's rules, and each rule names what breaks it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,10 +10,11 @@ from click.testing import CliRunner, Result
 from onnx import numpy_helper
 
 from exporters import export_qdq
-from exporters.check import CHECKED, check
+from exporters.check import CHECKED, File, check
 from tests import zoo
 from toolchain.cli import main
 from toolchain.config import Config
+from toolchain.errors import UsageError
 from toolchain.pipeline import quantize
 from toolchain.wording import unnamed
 
@@ -46,7 +48,7 @@ def test_tensorrt_names_what_it_cannot_take(tmp_path: Path) -> None:
 
 def test_qnn_wants_everything_quantized(tmp_path: Path) -> None:
     rules = {(v.op_type, v.rule) for v in check(exported("academic", tmp_path), "qnn")}
-    assert ("Conv", "its bias is float: the HTP wants int32 with scale s_x * s_w") in rules
+    assert ("Conv", "its bias is float: ONNX Runtime rounds it to int32 with scale s_x * s_w by itself") in rules
     assert any(kind == "MatMul" and rule.startswith("a scale for each channel of a matrix product") for kind, rule in rules)
     assert any(rule == "it reads a float value: the HTP runs quantized operators only" for _, rule in rules)
     assert any(rule.startswith("it makes a graph output in float") for _, rule in rules)
@@ -66,6 +68,96 @@ def test_qnn_leaves_arithmetic_on_shapes_alone_but_wants_fixed_ones(tmp_path: Pa
     assert [(v.node, v.effect, v.rule.split(":")[0]) for v in check(exported, "qnn") if v.op_type != "Gemm"] == [("x", "slow", "open axes")]
     exported.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 8
     assert not [v for v in check(exported, "qnn") if v.node == "x"]
+
+
+def changed(model: onnx.ModelProto, name: str, array: np.ndarray) -> None:
+    next(t for t in model.graph.initializer if t.name == name).CopyFrom(numpy_helper.from_array(array, name))
+
+
+def layer(kind: int, weight: tuple[int, ...] = (4, 4), block: int = 0, op_type: str = "MatMul") -> onnx.ModelProto:
+    """A layer whose weight is dequantized from codes of a kind, in blocks or not."""
+    shape = (weight[0] // block, *weight[1:]) if block else ()
+    scale = numpy_helper.from_array(np.full(shape, 0.5, np.float32), "scale")
+    codes = onnx.helper.make_tensor("codes", kind, weight, np.zeros(weight, np.int8).ravel())
+    blocks: dict[str, Any] = {"axis": 0, "block_size": block} if block else {}
+    nodes = [
+        onnx.helper.make_node("DequantizeLinear", ["codes", "scale"], ["w"], "weight", **blocks),
+        onnx.helper.make_node(op_type, ["x", "w"], ["y"], "layer"),
+    ]
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in ("x", "y")]
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:], [codes, scale]))
+
+
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [
+        (layer(onnx.TensorProto.INT4, block=2), None),
+        (layer(onnx.TensorProto.INT4), "int4 is for block-wise weights of matrix products only"),
+        (layer(onnx.TensorProto.INT4, (4, 4, 1, 1), 2, "Conv"), "int4 is for block-wise weights of matrix products only"),
+        (layer(onnx.TensorProto.INT8, block=2), "blocks are for int4 weights only, and these are INT8"),
+        (layer(onnx.TensorProto.UINT4, block=2), "UINT4 is not supported: int8, int4 and float8e4m3fn are"),
+    ],
+    ids=["blocks", "channel", "convolution", "bytes", "unsigned"],
+)
+def test_what_tensorrt_takes_in_blocks(model: onnx.ModelProto, rule: str | None) -> None:
+    assert {v.rule for v in check(model, "tensorrt") if v.is_error} >= ({rule} if rule else set())
+    assert bool([v for v in check(model, "tensorrt") if v.is_error]) == (rule is not None)
+
+
+def test_blocks_for_tensorrt_leave_the_rest_in_bytes(tmp_path: Path) -> None:
+    """Convolutions, the 8-bit ends, and products that blocks do not fill."""
+    model = exported("tensorrt", tmp_path, weight_bits=4, activation_bits=32, block_size=16, storage="small")
+    assert not [v for v in check(model, "tensorrt") if v.is_error]
+    kinds = {t.data_type for t in model.graph.initializer}
+    assert onnx.TensorProto.INT8 in kinds
+    same = exported("tensorrt", tmp_path, weight_bits=4, activation_bits=32, block_size=16, storage="small", first_last_bits="same")
+    assert onnx.TensorProto.INT4 in {t.data_type for t in same.graph.initializer}
+    assert not [v for v in check(same, "tensorrt") if v.is_error]
+    refused: tuple[dict[str, Any], ...] = ({"weight_bits": 4}, {"weight_bits": 8, "storage": "small"})
+    for options in refused:
+        with pytest.raises(UsageError, match="TensorRT takes blocks of int4 weights only"):
+            exported("tensorrt", tmp_path, activation_bits=32, block_size=16, **options)
+
+
+def test_other_tools_files_are_read_as_runtimes_read_them(tmp_path: Path) -> None:
+    """Parameters in Constant nodes, DequantizeLinear without zero points, and weights that are quantized when the file is loaded."""
+    model = exported("tensorrt", tmp_path, weight_bits=8, activation_bits=8)
+    graph = model.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for node in list(graph.node):
+        if node.op_type == "DequantizeLinear" and node.input[0] in tensors:  # a weight: from floats
+            codes, scale = (numpy_helper.to_array(tensors[name]) for name in node.input[:2])
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+            floats = codes * scale.reshape([-1 if i == axis else 1 for i in range(codes.ndim)] if scale.ndim else [])
+            changed(model, node.input[0], floats.astype(np.float32))
+            made = onnx.helper.make_node("QuantizeLinear", list(node.input), [f"{node.output[0]}_made"], f"{node.name}_made")
+            made.attribute.extend(node.attribute)
+            node.input[0] = made.output[0]
+            graph.node.insert(0, made)
+        if node.op_type == "DequantizeLinear":
+            del node.input[2:]  # the kind is that of the QuantizeLinear in front
+    scales = [tensor for name, tensor in tensors.items() if name.endswith(("_scale", "_zero_point"))]
+    for tensor in scales:
+        graph.node.insert(0, onnx.helper.make_node("Constant", [], [tensor.name], value=tensor))
+        graph.initializer.remove(tensor)
+    for target in ("tensorrt", "openvino"):
+        assert not [v for v in check(model, target) if v.is_error]
+    assert len(list(File(model).weighted())) == len(list(File(exported("tensorrt", tmp_path, weight_bits=8, activation_bits=8)).weighted()))
+
+
+def test_qnn_says_what_it_computes_otherwise(tmp_path: Path) -> None:
+    model = exported("qnn", tmp_path, weight_bits=8, activation_bits=8)
+    assert not [v for v in check(model, "qnn") if v.effect == "inexact"]
+    assert not [v for v in check(model, "qnn") if "more than one activation" in v.rule]
+    biases = [t.name for t in model.graph.initializer if t.name.endswith("_b_scale")]
+    changed(model, biases[0], 2 * numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == biases[0])))
+    assert [v.rule for v in check(model, "qnn") if v.effect == "inexact"] == [
+        "the scale of its bias is not s_x * s_w: the HTP takes that one instead"
+    ]
+    source, config = zoo.loaded(zoo.tiny_resnet(), tmp_path), Config(target="qnn", algorithm="minmax", device="cpu")
+    low = export_qdq(source.model, quantize(source, SAMPLES, config).table, scheme=config.scheme)
+    found = [v for v in check(low, "qnn") if "more than one activation" in v.rule]
+    assert {(v.op_type, v.effect) for v in found} == {("Conv", "slow")}  # a Clip to 4 bits behind the Relu
 
 
 def test_packed_formats(tmp_path: Path) -> None:
@@ -175,3 +267,16 @@ def test_a_file_that_the_runtime_refuses(tmp_path: Path) -> None:
 )
 def test_reasons_are_counted_without_the_value_they_name(reason: str, expected: tuple[str, str]) -> None:
     assert unnamed(reason) == expected
+
+
+def test_what_runtimes_take_is_not_refused() -> None:
+    """Blocks of packed weights on the HTP, beside 16 bits; E5M2 weights in OpenVINO; a zero point [1] of a scale []."""
+    packed = layer(onnx.TensorProto.UINT4, block=2)
+    assert not any("constants are not supported" in v.rule for v in check(packed, "qnn"))
+    assert any("constants are not supported" in v.rule for v in check(layer(onnx.TensorProto.UINT4), "qnn"))
+    assert not [v for v in check(layer(onnx.TensorProto.FLOAT8E5M2), "openvino") if v.is_error]
+    assert [v for v in check(layer(onnx.TensorProto.FLOAT8E5M2FNUZ), "openvino") if v.is_error]
+    model = layer(onnx.TensorProto.INT8)
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(1, np.int8), "zero"))
+    model.graph.node[0].input.append("zero")
+    assert not [v for v in check(model, "openvino") if v.is_error]

@@ -360,7 +360,7 @@ class _BitsOf:
 
 def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, precision: Precision, edge: bool) -> QuantSpec:
     bits, block = precision.weight(edge), precision.block_size
-    if block is not None and node.op_type in ("MatMul", "Gemm"):
+    if block is not None and node.op_type in ("MatMul", "Gemm") and (bits <= 4 or not scheme.packed_blocks):
         shape = source.constants[node.inputs[1]].shape
         summed = 2 * len(shape) - 3 - source.channel_axis(node)  # the other of the last two axes
         if not scheme.whole_blocks or shape[summed] % block == 0:

@@ -40,6 +40,7 @@ class Scheme:
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
         float8: what may be in E4M3: `all`, `weights` beside float activations, or `none`.
         whole_blocks: blocks of weights must fill the axis that they cut; weights where they do not have one scale for each channel.
+        packed_blocks: blocks are of weights of 4 bits at most, and only these are packed.
         stores: weights that no integer kernel reads (tables, recurrent layers, control flow, islands) are codes in the file all the same.
     """
 
@@ -60,6 +61,7 @@ class Scheme:
     reduce_range: bool = False
     float8: str = "none"
     whole_blocks: bool = False
+    packed_blocks: bool = False
     stores: bool = False
 
     @property
@@ -126,9 +128,10 @@ TARGETS: Mapping[str, Scheme] = {
         ),
         Scheme(
             "ort-cuda",
-            "ONNX Runtime's CUDA provider has no integer convolutions: weights are dequantized once and everything runs in float, so only "
-            "operands are quantized and weights are packed: it saves file size, not time. Biases are int32, since ONNX Runtime would "
-            "round float ones to int32 steps by itself, which at few bits moves results.",
+            "ONNX Runtime's CUDA provider has no integer convolutions: everything runs in float, so only operands are quantized and "
+            "weights are packed: it saves file size, not time (weights are dequantized at each run, unless the session option "
+            "session.disable_quant_qdq=1 lets them be folded). Biases are int32, since ONNX Runtime would round float ones to int32 "
+            "steps by itself, which at few bits moves results.",
             bias="int32",
             saturation="integer",
             storage="small",
@@ -138,12 +141,14 @@ TARGETS: Mapping[str, Scheme] = {
         Scheme(
             "tensorrt",
             "The parser takes zero points of 0 only and no int32 DequantizeLinear, and reads uint8 as int8. Of a residual sum only the "
-            "shortcut is quantized, so that the convolution adds it in its epilogue. Grids below 8 bits travel in int8.",
+            "shortcut is quantized, so that the convolution adds it in its epilogue. Grids below 8 bits travel in int8; int4 is for the "
+            "blocks of matrix products, and blocks are of int4 alone.",
             activation_symmetric=True,
             elementwise=_POOLS | {"Add"},
             shortcut_only=True,
             float8="all",
             whole_blocks=True,
+            packed_blocks=True,
         ),
         Scheme(
             "openvino",
@@ -222,6 +227,8 @@ def refusal(scheme: Scheme, precision: "Precision") -> str | None:
             "TensorRT takes int4 for block-wise weights beside float activations only: use --storage fast, or --activation-bits 32 with "
             "--block-size 64"
         )
+    if scheme.packed_blocks and block is not None and (scheme.storage != "small" or precision.weight_bits > 4):
+        return "TensorRT takes blocks of int4 weights only: add --weight-bits 4 --storage small, or leave --block-size out"
     if block is not None and name == "portable":
         return "portable has no block-wise DequantizeLinear: leave --block-size out, or use another --target"
     if block is not None and name == "qnn":
