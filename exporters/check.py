@@ -195,7 +195,7 @@ def _sound(file: File) -> Iterator[Violation]:
         if pair.zero_point is not None and pair.zero_point.size != pair.scale.size:
             yield _at(pair.node, "scale and zero point have different sizes")
         source = file.producer.get(pair.node.input[0])
-        if not pair.quantizes and not pair.is_constant and source is not None and source.op_type == "QuantizeLinear":
+        if not pair.quantizes and source is not None and source.op_type == "QuantizeLinear":
             made = file._by_output[source.output[0]]
             if made.scale is not None and not np.array_equal(made.scale, pair.scale):
                 yield _at(pair.node, "its scale differs from that of the QuantizeLinear in front of it", value=pair.node.input[0])

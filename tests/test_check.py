@@ -142,6 +142,9 @@ def test_other_tools_files_are_read_as_runtimes_read_them(tmp_path: Path) -> Non
         graph.initializer.remove(tensor)
     for target in ("tensorrt", "openvino"):
         assert not [v for v in check(model, target) if v.is_error]
+    weight = next(node for node in graph.node if node.name.endswith("_made"))
+    weight.input[1] = next(scale.name for scale in scales if scale.name.endswith("_scale") and scale.name != weight.input[1])
+    assert any("differs from that of the QuantizeLinear in front" in v.rule for v in check(model, "tensorrt") if v.is_error)
     assert len(list(File(model).weighted())) == len(list(File(exported("tensorrt", tmp_path, weight_bits=8, activation_bits=8)).weighted()))
 
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .errors import first_line
+
 # Seconds a quantized element and step, forward and backward: on a thread of a CPU of 2023; on a GPU that reads and writes 2 TB/s, for the
 # fifteen passes over memory that are saved (from that, not measured).
 _SAVED = {"cpu": 1.5e-9, "cuda": 3e-11}
@@ -46,7 +48,7 @@ def refusal(device: torch.device) -> str | None:
             _loop(_dropped)(x, x[0], ends, x.to(torch.uint8))
             _loop(_backward)(x, x, x[0], x, ends)
     except Exception as error:  # whatever the compiler, the linker and their folders have to say
-        return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return first_line(error)
     return None
 
 

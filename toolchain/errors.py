@@ -74,3 +74,8 @@ def near_misses(word: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ` (did you mean 'a', 'b'?)` for the known words closest to `word`, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=limit, cutoff=0.5)
     return f" (did you mean {', '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, which may go on for a page; its type where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -8,6 +8,7 @@ import torch
 
 from . import runtime
 from .activations import Piece, TorchModel, Value
+from .errors import first_line
 from .graph import boundary
 from .partition import Block
 from .samples import Samples
@@ -56,7 +57,7 @@ def check_import(model: TorchModel, samples: Samples) -> tuple[float, dict[str, 
         if isinstance(piece, TorchBlock) and not max(errors, default=0.0) <= TOLERANCE:
             found = _strays(model, piece, reference, few)
             if not found and failure is not None:
-                found = {node.name: f"torch fails: {_first_line(failure)}" for node in piece.block.nodes}
+                found = {node.name: f"torch fails: {first_line(failure)}" for node in piece.block.nodes}
             strays |= found
         if strays:
             return worst, strays
@@ -96,7 +97,7 @@ def _strays(model: TorchModel, piece: Piece, reference: Any, samples: Samples) -
                 made = single({name: values[name] for name in inputs} | model.constants(single))
             error = max((difference(made[name], _array(values[name])) for name in outputs), default=0.0)
         except Exception as failure:  # as above
-            strays[node.name] = f"torch fails on this {node.op_type}: {_first_line(failure)}"
+            strays[node.name] = f"torch fails on this {node.op_type}: {first_line(failure)}"
             continue
         if not error <= TOLERANCE:
             strays[node.name] = f"torch computes this {node.op_type} differently (by {error:.1e} of the value's range)"
@@ -114,7 +115,3 @@ def _tensor(value: Any, device: torch.device) -> Any:
 
 def _array(value: Any) -> Any:
     return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -55,7 +55,7 @@ class Demand:
     @property
     def most(self) -> int:
         """In the host's memory, where blocks are joined to the largest units that they may be."""
-        return self.taken + self._in_host(max(self.work, self.joined)) + self._kept
+        return self.taken + self._largest + self._kept
 
     def room_in(self, budget: int | None) -> float:
         """Bytes for cached activations in the host's memory under a budget, beside the work on the largest unit.
@@ -72,7 +72,7 @@ class Demand:
                 f"--memory-budget {readable(budget)}: {readable(self.taken)} are in use already (program, model, samples){work}, without "
                 f"any cached activation; give {readable(needed)} or more"
             )
-        return max(budget - self.taken - self._in_host(max(self.work, self.joined)), 0)
+        return max(budget - self.taken - self._largest, 0)
 
     def describe(self, budget: int | None) -> str:
         """The estimate in a line."""
@@ -90,6 +90,11 @@ class Demand:
 
     def _in_host(self, work: int) -> int:
         return work if self.device is None else 0
+
+    @property
+    def _largest(self) -> int:
+        """The work on the largest unit, in the host's memory."""
+        return self._in_host(max(self.work, self.joined))
 
     @property
     def _kept(self) -> int:

@@ -9,7 +9,7 @@ from google.protobuf.message import DecodeError
 from onnx import inliner, numpy_helper
 
 from . import large, runtime
-from .errors import UnsupportedModelError
+from .errors import UnsupportedModelError, first_line
 from .folding import fold_channels
 from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
@@ -46,7 +46,7 @@ def read(path: Path) -> onnx.ModelProto:
         try:
             runtime.session(model)  # the checker refuses some files that run: outputs without a shape, say
         except UnsupportedModelError:
-            raise UnsupportedModelError(f"{path}: is not valid ONNX: {str(error).strip().splitlines()[0]}") from error
+            raise UnsupportedModelError(f"{path}: is not valid ONNX: {first_line(error)}") from error
     return model
 
 

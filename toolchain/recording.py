@@ -7,6 +7,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from .errors import first_line
+
 # Calls before a function is captured: libraries choose their algorithms, optimisers make their state, and loops are compiled in them.
 _AS_IT_IS = 3
 
@@ -105,7 +107,7 @@ class _Graphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            refusal = _reason(error)
+            refusal = first_line(error)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
         raise NotCapturedError(refusal)  # not from the error, which holds all that was computed
@@ -119,7 +121,7 @@ class _Graphs:
             with torch.cuda.stream(self._stream), torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 result = function()
         except RuntimeError as error:
-            is_full, reason = isinstance(_first(error), torch.OutOfMemoryError), _reason(_first(error))
+            is_full, reason = isinstance(_first(error), torch.OutOfMemoryError), first_line(_first(error))
         else:
             return result, graph.replay
         if is_full:
@@ -133,7 +135,3 @@ def _first(error: BaseException) -> BaseException:
     while error.__context__ is not None:
         error = error.__context__
     return error
-
-
-def _reason(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

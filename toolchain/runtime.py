@@ -18,7 +18,7 @@ import onnx.parser
 import onnxruntime as ort
 
 from . import large
-from .errors import UnsupportedModelError, UsageError
+from .errors import UnsupportedModelError, UsageError, first_line
 from .quant_table import FLOAT8
 
 ort.set_default_logger_severity(4)  # what fails is raised; ONNX Runtime would print it as well
@@ -284,7 +284,7 @@ def execute(opened: ort.InferenceSession, feeds: Mapping[str, Any], names: Seque
     try:
         found = dict(zip(names, opened.run(list(names), {name: _fed(value) for name, value in feeds.items()}), strict=True))
     except Exception as error:  # as in `_open`
-        raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot run the model: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot run the model: {first_line(error)}") from error
     bits = {entry.name for entry in opened.get_outputs() if entry.type == "tensor(float8e4m3fn)"}
     return {name: np.asarray(value).view(FLOAT8) if name in bits else value for name, value in found.items()}
 
@@ -338,7 +338,7 @@ def _open(
             serialized, options, providers=providers, disabled_optimizers=set(without) or None, enable_fallback=int(provider != CPU)
         )
     except Exception as error:  # ONNX Runtime raises a family of C++-born exceptions without a common public base
-        raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {_first_line(error)}") from error
+        raise UnsupportedModelError(f"ONNX Runtime {ort.__version__} cannot load the model: {first_line(error)}") from error
 
 
 def _quantizes_to_float8(model: onnx.ModelProto | Path) -> bool:
@@ -362,7 +362,3 @@ def _cuda_works() -> bool:
         return CUDA in ort.InferenceSession(model.SerializeToString(), providers=[CUDA]).get_providers()
     except Exception:  # same family as above: any failure means that there is no usable GPU
         return False
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
