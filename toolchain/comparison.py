@@ -180,7 +180,15 @@ def measured(
         export(found.table, config, path)
         simulated = simulate(source, found.table, evaluation, pick_device(config.device), found.islands, config.scheme)
         checked = validate(
-            source.model, path, evaluation, source.path.stat().st_size, config.device, simulated, reference=reference, as_written=False
+            source.model,
+            path,
+            evaluation,
+            source.path.stat().st_size,
+            config.device,
+            simulated,
+            reference=reference,
+            as_written=False,
+            elsewhere=config.scheme.elsewhere,
         )
     return {
         "precision": f"w{config.weight_bits}a{config.activation_bits}",

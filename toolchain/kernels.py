@@ -67,9 +67,14 @@ class Difference:
     is_code: bool
 
 
-def check_kernels(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], provider: str = runtime.CPU) -> KernelCheck:
+def check_kernels(
+    model: onnx.ModelProto,
+    feeds: Mapping[str, np.ndarray],
+    provider: str = runtime.CPU,
+    optimization: Optimization = Optimization.DEFAULT,
+) -> KernelCheck:
     """The worst of `kernel_differences`."""
-    return KernelCheck.of(kernel_differences(model, feeds, provider))
+    return KernelCheck.of(kernel_differences(model, feeds, provider, optimization))
 
 
 def check_simulation(
@@ -79,12 +84,19 @@ def check_simulation(
     return KernelCheck.of(simulation_differences(model, table, values, feeds))
 
 
-def kernel_differences(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], provider: str = runtime.CPU) -> tuple[Difference, ...]:
-    """Compare ONNX Runtime's default execution with its unoptimised one, operator by operator, over a few samples.
+def kernel_differences(
+    model: onnx.ModelProto,
+    feeds: Mapping[str, np.ndarray],
+    provider: str = runtime.CPU,
+    optimization: Optimization = Optimization.DEFAULT,
+) -> tuple[Difference, ...]:
+    """Compare ONNX Runtime's optimised execution with its unoptimised one, operator by operator, over a few samples.
 
     Args:
         model: a QDQ model.
         feeds: samples by input name, [N, ...]; the first few are used.
+        provider: of both executions.
+        optimization: of the one that is compared.
 
     Raises:
         UnsupportedModelError: ONNX Runtime does not load the model.
@@ -96,7 +108,7 @@ def kernel_differences(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], 
     count = fixed or (1 if runtime.differing(feeds, axes) else _SAMPLES)
     some = {name: array[np.arange(count) % len(array)] if fixed else array[:count] for name, array in feeds.items()}
     expected = runtime.execute(whole, runtime.batched(some, axes), [*outputs, *codes])
-    return _compared(model, expected, codes, some, provider, Optimization.DEFAULT)
+    return _compared(model, expected, codes, some, provider, optimization)
 
 
 def simulation_differences(

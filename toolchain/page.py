@@ -118,17 +118,18 @@ def _cards(report: dict[str, Any]) -> str:
         cards.append(("same prediction as float", f"{v['agreement']:.2f} %", f"95 %: {low:.1f} to {high:.1f}"))
     cards.append(("signal to noise", decibel(worst_sqnr(v)), f"of the output, on {v['evaluated_on'].rsplit('/', 1)[-1]}"))
     cards.append(("file", size(v["quantized_bytes"]), f"{smaller(v)} than {size(v['float_bytes'])}"))
-    latency = v["latency"]
-    provider = v["provider"].removesuffix("ExecutionProvider")
-    cards.append(
-        (
-            "latency",
-            f"{latency['quantized_ms']:.2f} ms",
-            f"{faster(latency)} than {latency['float_ms']:.2f} ms; batch {latency['batch']}, {provider}",
+    if v["has_kernels"]:
+        latency = v["latency"]
+        provider = v["provider"].removesuffix("ExecutionProvider")
+        cards.append(
+            (
+                "latency",
+                f"{latency['quantized_ms']:.2f} ms",
+                f"{faster(latency)} than {latency['float_ms']:.2f} ms; batch {latency['batch']}, {provider}",
+            )
         )
-    )
-    floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
-    cards.append(("integer kernels", str(v["integer_operators"]), floats + " in float" if floats else "no layer runs in float"))
+        floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items())
+        cards.append(("integer kernels", str(v["integer_operators"]), floats + " in float" if floats else "no layer runs in float"))
     cards.append(
         (
             "time taken",

@@ -28,6 +28,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 # In front of an fp8 QuantizeLinear, ONNX Runtime 1.31 fails on a Clip and drops a Relu, as if negative numbers could not pass it.
 _FLOAT8_BREAKS = frozenset({"ClipQuantRewrite", "ReluQuantRewrite"})
+_WITHOUT_KERNELS = ("session.disable_quant_qdq", "1")
 # How axes that count samples are called; those of sequences and sets are called otherwise.
 _BATCH_NAME = re.compile(r"n|b|bs|bsz|samples|.*batch.*", re.IGNORECASE)
 # How ONNX Runtime spells element types: `float` is FLOAT, the others are as in ONNX.
@@ -37,9 +38,20 @@ _ELEMENT_TYPES: Mapping[str, int] = {name.lower(): number for name, number in on
 class Optimization(Enum):
     """How far ONNX Runtime may rewrite the graph."""
 
-    NONE = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # what the file says, node by node
-    BASIC = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # folding only, no runtime-specific operators
-    DEFAULT = ort.GraphOptimizationLevel.ORT_ENABLE_ALL  # what a deployed session does
+    NONE = "none"  # what the file says, node by node
+    BASIC = "basic"  # folding only, no runtime-specific operators
+    UNFUSED = "unfused"  # all but integer kernels: what stands between quantizers is computed in float
+    DEFAULT = "default"  # what a deployed session does
+
+    def options(self) -> ort.SessionOptions:
+        """New session options of this level."""
+        found, level = ort.SessionOptions(), ort.GraphOptimizationLevel
+        found.graph_optimization_level = {"none": level.ORT_DISABLE_ALL, "basic": level.ORT_ENABLE_BASIC}.get(
+            self.value, level.ORT_ENABLE_ALL
+        )
+        if self is Optimization.UNFUSED:
+            found.add_session_config_entry(*_WITHOUT_KERNELS)
+        return found
 
 
 def pick_provider(device: str) -> str:
@@ -65,9 +77,7 @@ def session(
     Raises:
         UnsupportedModelError: ONNX Runtime does not load the model.
     """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = optimization.value
-    return _open(model, options, provider, without)
+    return _open(model, optimization.options(), provider, without)
 
 
 def kernel_counts(model: Path, provider: str = CPU) -> Counter[str]:
@@ -75,10 +85,10 @@ def kernel_counts(model: Path, provider: str = CPU) -> Counter[str]:
     return Counter(node.op_type for node in optimized(model, provider).node)
 
 
-def optimized(model: Path, provider: str = CPU) -> onnx.GraphProto:
-    """The graph that ONNX Runtime executes for a file after its default optimisation."""
+def optimized(model: Path, provider: str = CPU, optimization: Optimization = Optimization.DEFAULT) -> onnx.GraphProto:
+    """The graph that ONNX Runtime executes for a file."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
+        options = optimization.options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         _open(model, options, provider)
         return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
@@ -94,8 +104,7 @@ def cleaned(model: onnx.ModelProto, shelf: Path | None = None) -> onnx.ModelProt
     deployed session would do first; onnxscript leaves shape arithmetic, onnxsim leaves Constant nodes and invents value names.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = ort.SessionOptions()
-        options.graph_optimization_level = Optimization.BASIC.value
+        options = Optimization.BASIC.options()
         options.optimized_model_filepath = str(Path(folder) / "cleaned.onnx")
         if shelf is None:
             _open(model, options, CPU)
@@ -329,7 +338,7 @@ def _open(
         options.add_session_config_entry("session.disable_prepacking", "1")  # it would copy what is mapped into memory
     if _quantizes_to_float8(model):
         # Operands in fp8 are fused into integer kernels that do not exist. Files for TensorRT run here without that.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        options.add_session_config_entry(*_WITHOUT_KERNELS)
         without |= _FLOAT8_BREAKS
     try:
         serialized = str(model) if isinstance(model, Path) else large.serialized(model)

@@ -42,6 +42,7 @@ class Scheme:
         whole_blocks: blocks of weights must fill the axis that they cut; weights where they do not have one scale for each channel.
         packed_blocks: blocks are of weights of 4 bits at most, and only these are packed.
         stores: weights that no integer kernel reads (tables, recurrent layers, control flow, islands) are codes in the file all the same.
+        elsewhere: the file is for another runtime, so that ONNX Runtime's integer kernels and their time say nothing of it.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Scheme:
     whole_blocks: bool = False
     packed_blocks: bool = False
     stores: bool = False
+    elsewhere: bool = False
 
     @property
     def convention(self) -> str:
@@ -149,6 +151,7 @@ TARGETS: Mapping[str, Scheme] = {
             float8="all",
             whole_blocks=True,
             packed_blocks=True,
+            elsewhere=True,
         ),
         Scheme(
             "openvino",
@@ -162,6 +165,7 @@ TARGETS: Mapping[str, Scheme] = {
             reduce_range=True,
             float8="weights",
             whole_blocks=True,
+            elsewhere=True,
         ),
         Scheme(
             "qnn",
@@ -173,6 +177,7 @@ TARGETS: Mapping[str, Scheme] = {
             results="all",
             shared_concat=True,
             bias="int32",
+            elsewhere=True,
         ),
         Scheme(
             "academic",

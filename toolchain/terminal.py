@@ -245,19 +245,23 @@ def validation_table(v: dict[str, Any]) -> Table:
     for name, value in v["sqnr"].items():
         table.add_row(f"SQNR of {escape(name)}", "", f"{value:.2f} dB" if value is not None else "exact", "")
     table.add_row("file", size(v["float_bytes"]), size(v["quantized_bytes"]), smaller(v))
-    latency = v["latency"]
-    table.add_row(
-        f"latency, batch {latency['batch']}", *(f"{latency[key]:.2f} ms" for key in ("float_ms", "quantized_ms")), faster(latency)
-    )
-    floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items()) or "no layer in float"
-    table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
+    if v["has_kernels"]:
+        latency = v["latency"]
+        table.add_row(
+            f"latency, batch {latency['batch']}", *(f"{latency[key]:.2f} ms" for key in ("float_ms", "quantized_ms")), faster(latency)
+        )
+        floats = ", ".join(f"{count} {kind}" for kind, count in v["float_layers"].items()) or "no layer in float"
+        table.add_row("integer kernels", "", str(v["integer_operators"]), floats)
+    else:
+        table.add_row("integer kernels", "", "off", "the file is for another runtime")
     alike = Counter((row["op_type"], unnamed(row["reason"])[0]) for row in v["float_operators"]).most_common()
     for (operator, reason), count in alike[:_MOST_ROWS]:
         table.add_row("computes in float", "", f"{count} {operator}", escape(reason))
     if len(alike) > _MOST_ROWS:
         table.add_row("computes in float", "", f"{sum(count for _, count in alike[_MOST_ROWS:])} others", "")
     arithmetic = v["integer_arithmetic"]
-    table.add_row("each kernel = float", "", f"within {steps(arithmetic['steps'])}", f"{arithmetic['share']:.2g} % of codes differ")
+    what = "kernel" if v["has_kernels"] else "operator"
+    table.add_row(f"each {what} = float", "", f"within {steps(arithmetic['steps'])}", f"{arithmetic['share']:.2g} % of codes differ")
     if v["simulated_arithmetic"] is not None:
         s = v["simulated_arithmetic"]
         table.add_row("file = simulation", "", f"within {steps(s['steps'])}", f"{s['values']} values, {s['share']:.2g} % of codes differ")

@@ -59,7 +59,8 @@ class ValidationReport:
     simulation on every value. `lost` counts the samples that only the float model gets right, `won` those that only the quantized one does.
     `has_labels` says whether the samples came with labels, which a model without a class output leaves unused; `nan_samples` counts those
     on which an output of the float model has a NaN, which says nothing of the quantized one. `outcomes` keeps for each sample (see
-    `outcomes`) whether the quantized model's class is the label, or the float model's without labels.
+    `outcomes`) whether the quantized model's class is the label, or the float model's without labels. Without `has_kernels`, ONNX Runtime
+    stood in for another runtime: it computed in float between the quantizers, and its latency says nothing.
     """
 
     provider: str
@@ -85,6 +86,7 @@ class ValidationReport:
     outcomes: str | None = None
     has_labels: bool = False
     nan_samples: int = 0
+    has_kernels: bool = True
 
     @property
     def drop(self) -> float | None:
@@ -100,8 +102,11 @@ class ValidationReport:
 
     @property
     def float_layers(self) -> dict[str, int]:
-        """Operators with products in them (control flow may have some) that the optimised graph computes in float, and how many."""
-        return {kind: count for kind, count in self.kernels.items() if kind in _HEAVY}
+        """Operators with products in them (control flow may have some) that the optimised graph computes in float, and how many.
+
+        None is named where all are by design (not `has_kernels`).
+        """
+        return {kind: count for kind, count in self.kernels.items() if kind in _HEAVY} if self.has_kernels else {}
 
 
 def validate(
@@ -114,6 +119,7 @@ def validate(
     simulated_arithmetic: KernelCheck | None = None,
     reference: Mapping[str, np.ndarray] | None = None,
     as_written: bool = True,
+    elsewhere: bool = False,
 ) -> ValidationReport:
     """Run the float and the quantized model over samples and compare.
 
@@ -127,6 +133,8 @@ def validate(
         simulated_arithmetic: how the file compares with the simulation value by value, where that was measured.
         reference: what `float_outputs` gave for the same samples, where several files are held against it.
         as_written: whether the file is run without optimisations too, which takes longer than all else.
+        elsewhere: the file is for another runtime (`Scheme.elsewhere`), so that it is run without ONNX Runtime's integer kernels, which
+            saturate and overflow in their own ways.
 
     Raises:
         DataError: labels that are no classes of the model.
@@ -134,7 +142,8 @@ def validate(
     """
     provider = runtime.pick_provider(device)
     float_session = runtime.session(float_model, provider)
-    deployed = runtime.session(quantized, provider)
+    level = Optimization.UNFUSED if elsewhere else Optimization.DEFAULT
+    deployed = runtime.session(quantized, provider, level)
     reference = runtime.run(float_session, samples.inputs) if reference is None else reference
     outputs = runtime.run(deployed, samples.inputs)
     unfused = runtime.run(runtime.session(quantized, provider, Optimization.NONE), samples.inputs) if as_written else None
@@ -154,7 +163,7 @@ def validate(
     right = [predicted(outputs[head]) == scored for outputs in (reference, outputs)] if scored is not None and head is not None else None
     same = predicted(reference[head]) == predicted(outputs[head]) if head is not None else None
     counted = right[1] if right is not None else same
-    executed = runtime.optimized(quantized, provider)
+    executed = runtime.optimized(quantized, provider, level)
     return ValidationReport(
         provider=deployed.get_providers()[0],  # the CPU's, where ONNX Runtime fell back to it
         samples=samples.count,
@@ -168,17 +177,18 @@ def validate(
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
         simulation=parity(simulated, outputs, head) if simulated is not None else None,
         unfused=parity(unfused, outputs, head) if unfused is not None else None,
-        integer_arithmetic=check_kernels(large.load(quantized), samples.inputs, provider),
+        integer_arithmetic=check_kernels(large.load(quantized), samples.inputs, provider, level),
         simulated_arithmetic=simulated_arithmetic,
         top1_simulated=accuracy(simulated, 1),
         float_bytes=float_bytes,
         quantized_bytes=large.file_bytes(quantized),
         latency=_latency(float_session, deployed, samples),
         kernels=dict(sorted(Counter(node.op_type for node in executed.node).items())),
-        float_operators=float_operators(executed),
+        float_operators=() if elsewhere else float_operators(executed),
         outcomes=pack(counted) if counted is not None else None,
         has_labels=labels is not None,
         nan_samples=_nan_samples(reference, samples.count),
+        has_kernels=not elsewhere,
     )
 
 

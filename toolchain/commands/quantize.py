@@ -254,7 +254,8 @@ def _validated(
     simulated = simulate(source, table, evaluation, torch.device(quantized.device), islands, config.scheme)
     few = few_samples(source, evaluation, _EXACTNESS_SAMPLES)
     exactness = check_simulation(exported, table, simulated_values(source, table, few, islands), few.inputs)
-    return validate(model, output, evaluation, large.file_bytes(model), config.device, simulated, exactness)
+    elsewhere = config.scheme.elsewhere
+    return validate(model, output, evaluation, large.file_bytes(model), config.device, simulated, exactness, elsewhere=elsewhere)
 
 
 def _show_plan(source: "SourceModel", rows: "tuple[BlockRow, ...]", config: Config, memory: str, shown: Shown) -> None:

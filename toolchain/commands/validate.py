@@ -47,10 +47,26 @@ def validate_command(float_model: Path, quantized_model: Path, device: str, as_j
 
         source = load_source(float_model)
         samples = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
-        checked = validate(float_model, quantized_model, samples, large.file_bytes(float_model), device)
+        elsewhere = _is_for_elsewhere(quantized_model)
+        checked = validate(float_model, quantized_model, samples, large.file_bytes(float_model), device, elsewhere=elsewhere)
         facts = report.validation_report(checked)
         if as_json:
             click.echo(report.as_json(facts), nl=False)
         else:
             Console(highlight=False).print(terminal.validation_table(report.finite(facts) | {"evaluated_on": data.eval_data}))
         check_drop(checked, data.max_drop)
+
+
+def _is_for_elsewhere(quantized_model: Path) -> bool:
+    """Whether a file says that it was made for another runtime than ONNX Runtime."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from ..scheme import TARGETS
+
+    try:
+        props = onnx.load(quantized_model, load_external_data=False).metadata_props
+    except DecodeError:  # ONNX Runtime says it better
+        return False
+    target = next((entry.value for entry in props if entry.key == "mrecg_onnx.target"), "")
+    return target in TARGETS and TARGETS[target].elsewhere
