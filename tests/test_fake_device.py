@@ -134,7 +134,9 @@ def taught(model: onnx.ModelProto, folder: Path, monkeypatch: pytest.MonkeyPatch
     return len(done)
 
 
-@pytest.mark.parametrize("settings", [{}, {"algorithm": "brecq"}, {"algorithm": "adaround"}, {"cache_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"algorithm": "brecq"}, {"algorithm": "adaround"}, {"cache_dtype": "bfloat16"}, {"amp": "on"}], ids=str
+)
 def test_the_loop_stays_on_its_device_and_never_waits(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert taught(zoo.tiny_resnet(), tmp_path, monkeypatch, **settings) >= 3
 
@@ -152,7 +154,7 @@ def test_gradients_stay_on_the_device() -> None:
     with FakeTensorMode():
         x, step = torch.empty(4, 8, device=CUDA), torch.ones((), device=CUDA)
         saved = {
-            "saved_tensors": (x, x, step),
+            "saved_tensors": (x, x, step, None),
             "limits": Limits(-8, 7, 0.0, 6.0),
             "is_dropped": True,
             "is_compiled": False,

@@ -90,7 +90,14 @@ def test_a_step_is_replayed_from_the_fourth_on(path: Path, monkeypatch: pytest.M
 
 def test_compiled_quantizers_learn_the_same(path: Path) -> None:
     """But where Triton's division, which is not rounded correctly, or its order of sums decides a close call."""
-    assert differing(learned(path, "cuda", 100, compile="on"), learned(path, "cuda", 100, compile="off")) < 0.02
+    assert differing(learned(path, "cuda", 100, compile="on", amp="off"), learned(path, "cuda", 100, compile="off")) < 0.02
+
+
+def test_products_in_bfloat16_learn_as_much(path: Path) -> None:
+    """The loss that is left is that of float32 products; noise of 2^-9 moves what is undecided."""
+    narrow, exact = (learned(path, "cuda", 100, amp=choice) for choice in ("on", "off"))
+    total = [sum(r.loss_after for r in found.results) for found in (narrow, exact)]
+    assert total[0] == pytest.approx(total[1], rel=0.25)  # as much as seeds differ
 
 
 def test_what_cannot_be_captured_is_found_before() -> None:

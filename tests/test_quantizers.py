@@ -150,6 +150,31 @@ def test_a_compiled_quantizer_is_the_same_bit_for_bit(limits: Limits, dropped: b
     torch.testing.assert_close(s_b, s_a, atol=1e-4, rtol=1e-5)  # a sum of 300 float32 terms in another order
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("types", [("bfloat16", "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "float32")], ids="-".join)
+@pytest.mark.usefixtures("compiler")
+def test_a_quantizer_reads_and_writes_bfloat16(types: tuple[str, str], dropped: bool, is_compiled: bool) -> None:
+    """Between reading and writing it is float32: the result is that of the same numbers, rounded once, and so are the gradients."""
+    limits, (read, written) = Limits(-3, 12, -1.5, 3.9), (getattr(torch, name) for name in types)
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 3, 5, 5, generator=generator) * 3).contiguous(memory_format=torch.channels_last).to(read)
+    keep = (torch.rand(x.numel(), generator=generator) < 0.5).float()
+    grad = torch.randn(x.shape, generator=generator).bfloat16()
+    results = []
+    for dtype_in, dtype_out in ((torch.float32, torch.float32), (read, written)):
+        leaf, size = x.to(dtype_in, copy=True).requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        out: Any = LearnedStep.apply(leaf, size, limits, Given(keep) if dropped else None, is_compiled, dtype_out)
+        assert out.dtype == dtype_out
+        out.backward(grad.to(dtype_out))
+        results.append((out.detach(), leaf.grad, size.grad))
+    (out_a, x_a, s_a), (out_b, x_b, s_b) = results
+    assert torch.equal(out_b, out_a.to(written))
+    assert torch.equal(x_b, x_a.to(read))
+    # A sum over 300 elements, of codes that bfloat16 keeps to 2^-9: 12 / 512 each at most, and of either sign.
+    torch.testing.assert_close(s_b, s_a, atol=0.5, rtol=0.01)
+
+
 @pytest.mark.parametrize("tile", [1 << 20, 64])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)

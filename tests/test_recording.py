@@ -96,7 +96,15 @@ def learned(folder: Path, model: onnx.ModelProto, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"algorithm": "brecq"}, {"algorithm": "adaround"}, {"cache_dtype": "bfloat16"}, {"early_stop": 0.9}, {"keep_probability": 0.3}],
+    [
+        {},
+        {"algorithm": "brecq"},
+        {"algorithm": "adaround"},
+        {"cache_dtype": "bfloat16"},
+        {"early_stop": 0.9},
+        {"keep_probability": 0.3},
+        {"amp": "on"},
+    ],
     ids=str,
 )
 def test_replayed_steps_learn_what_steps_learn(settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from tests import zoo
 from toolchain.errors import InstallationError, UnsupportedModelError
 from toolchain.graph import Graph, Node
+from toolchain.partition import Block
 from toolchain.source import InputSpec, SourceModel, infer_types
-from toolchain.torch_import import can_import, fallback
+from toolchain.torch_import import can_import, fallback, import_block
 
 from .parity import check, executed, imported, node_model, normal
 
@@ -254,3 +257,35 @@ def test_a_torchvision_that_does_not_match_torch_is_named(monkeypatch: pytest.Mo
     with pytest.raises(InstallationError, match=r"nms does not exist.*install both together") as caught:
         fallback._onnx2torch.__wrapped__()
     assert caught.value.exit_code == 7
+
+
+def test_narrowed_products_and_what_is_between_them(tmp_path: Path) -> None:
+    """Products with channels enough are bfloat16, what quantizers alone read of them too, and nothing that leaves the block or is added."""
+    b = zoo.Builder({"x": ["N", 16, 8, 8]})
+    first = b.conv("x", 16, 16, act="relu")
+    depthwise = b.conv(first, 16, 16, group=16)
+    last = b.conv(depthwise, 16, 16)
+    source = zoo.loaded(b.model(b.op("Add", last, "x")), tmp_path)
+    nodes = {node.outputs[0]: node for node in source.graph.nodes}
+    types = infer_types(source, {"x": (16, 8, 8)})
+    block = import_block(source, types, Block("all", tuple(nodes.values()), ("x",), tuple(source.graph.outputs), (), True))
+    convolved = nodes[first].inputs[0]
+    found = block.narrowed({first, depthwise}, {first})
+    assert found.products == {convolved, last}
+    assert found.handed == {convolved}  # to the quantizer that has the Relu; the last is added in float32
+    assert found.written == {depthwise}  # the first goes into a depthwise convolution
+
+    seen: dict[str, torch.dtype] = {}
+
+    def observe(name: str, x: torch.Tensor) -> torch.Tensor:
+        seen[name] = x.dtype
+        x = x.relu() if name == first else x
+        return x.to(torch.bfloat16 if name in found.written else torch.float32) if name in (first, depthwise) else x
+
+    values = {"x": torch.from_numpy(normal(2, 16, 8, 8)), **{n: torch.from_numpy(source.constants[n].copy()) for n in block.weights}}
+    exact, narrow = block(values), block(values, observe, {first}, found)
+    assert seen[first] == torch.bfloat16
+    assert {seen[name] for name in (depthwise, last)} == {torch.float32}
+    for name, value in exact.items():
+        assert narrow[name].dtype == torch.float32
+        torch.testing.assert_close(narrow[name], value, atol=0.02 * float(value.abs().max()), rtol=0)  # three roundings to 2^-9, amplified

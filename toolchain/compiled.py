@@ -45,25 +45,32 @@ def refusal(device: torch.device) -> str | None:
     try:
         x, ends = torch.ones(64, device=device), torch.ones(4, device=device)
         with torch.no_grad():  # as where they are called
-            _loop(_dropped)(x, x[0], ends, x.to(torch.uint8))
+            _loop(_dropped)(x, x[0], ends, x.to(torch.uint8), x.dtype)
             _loop(_backward)(x, x, x[0], x, ends)
     except Exception as error:  # whatever the compiler, the linker and their folders have to say
         return first_line(error)
     return None
 
 
-def quantized(x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: torch.Tensor | None) -> torch.Tensor:
-    """Elements [n] on the grid of a step where coins [n] (bytes) are 1, held between the bounds alone where they are 0."""
+def quantized(x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Elements [n] on the grid of a step where coins [n] (bytes) are 1, held between the bounds alone where they are 0.
+
+    They are float32 or bfloat16, and so is what is made (`dtype`); what is between is float32.
+    """
     ends = _ends(limits, x.device)
     x, step = x.detach(), step.detach()
-    return _loop(_kept)(x, step, ends) if coins is None else _loop(_dropped)(x, step, ends, coins)
+    return _loop(_kept)(x, step, ends, dtype) if coins is None else _loop(_dropped)(x, step, ends, coins, dtype)
 
 
 def gradients(
-    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, limits: Limits
+    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, limits: Limits, coins: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of the elements [n] and of the step, from what was made of the elements and its gradient."""
-    return _loop(_backward)(x.detach(), out.detach(), step.detach(), grad, _ends(limits, x.device))
+    """Those of the elements [n] and of the step, from what was made of the elements and its gradient.
+
+    `coins` are not needed of float32: where it was left as it was, an element was dropped. The end of a bfloat16 is rounded there.
+    """
+    given = x.detach(), out.detach(), step.detach(), grad, _ends(limits, x.device)
+    return _loop(_backward)(*given) if coins is None else _loop(_backward_of_kept)(*given, coins)
 
 
 @functools.cache
@@ -79,24 +86,44 @@ def _ends(limits: Limits, device: torch.device) -> torch.Tensor:
 
 
 def _bounded(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return torch.clamp(x, ends[2], ends[3])
+    return torch.clamp(x.float(), ends[2], ends[3])
 
 
-def _kept(x: torch.Tensor, step: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    return torch.clamp(_bounded(x, ends) / step, ends[0], ends[1]).round() * step
+def _kept(x: torch.Tensor, step: torch.Tensor, ends: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.clamp(_bounded(x, ends) / step, ends[0], ends[1]).round() * step).to(dtype)
 
 
-def _dropped(x: torch.Tensor, step: torch.Tensor, ends: torch.Tensor, coins: torch.Tensor) -> torch.Tensor:
+def _dropped(x: torch.Tensor, step: torch.Tensor, ends: torch.Tensor, coins: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # Bytes compared as such would keep the whole loop from being vectorised.
-    return torch.where(coins.float() > 0.5, _kept(x, step, ends), _bounded(x, ends))
+    return torch.where(coins.float() > 0.5, _kept(x, step, ends, torch.float32), _bounded(x, ends)).to(dtype)
 
 
 def _backward(
     x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bounded = _bounded(x, ends)
-    error, codes = out - bounded, bounded / step
-    is_saturated = ((codes < ends[0]) | (codes > ends[1])) & (error != 0.0)  # no error: dropped
+    error = out.float() - bounded
+    return _gradients(x, bounded, error, error != 0.0, step, grad.float(), ends)
+
+
+def _backward_of_kept(
+    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor, coins: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    bounded, is_kept = _bounded(x, ends), coins.float() > 0.5
+    return _gradients(x, bounded, torch.where(is_kept, out.float() - bounded, 0.0), is_kept, step, grad.float(), ends)
+
+
+def _gradients(
+    x: torch.Tensor,
+    bounded: torch.Tensor,
+    error: torch.Tensor,
+    is_kept: torch.Tensor,
+    step: torch.Tensor,
+    grad: torch.Tensor,
+    ends: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes = bounded / step
+    is_saturated = ((codes < ends[0]) | (codes > ends[1])) & is_kept
     blocked = torch.where(is_saturated, grad, 0.0)
     passed = torch.where((x > ends[2]) & (x < ends[3]), grad - blocked, 0.0)
-    return passed, (error * grad + blocked * bounded).sum() / step
+    return passed.to(x.dtype), (error * grad + blocked * bounded).sum() / step

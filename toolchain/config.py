@@ -120,6 +120,13 @@ class Config:
         "method",
         choices=("auto", "off"),
     )
+    amp: str = option(
+        "auto",
+        "Automatic mixed precision: while units are learned, convolutions and matrix products are computed in bfloat16, all else in "
+        "float32; auto: where quantizers are compiled, and the device has matrix units for it (Intel AMX, CUDA from capability 8.0).",
+        "method",
+        choices=("auto", "on", "off"),
+    )
     memory_budget: str | None = option(
         None,
         "Host memory to aim at, as 8GB: cached activations beyond the estimate go to files in the run folder, and mini-batches that do "

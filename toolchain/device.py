@@ -31,6 +31,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether a device has matrix units for bfloat16: Intel's AMX, tensor cores from compute capability 8.0 on.
+
+    AVX512's instructions for it are none: on a processor held to them, convolutions took 1.2 to 2.1 times as long as in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_amx_tile_supported()
+
+
 def give_back(device: torch.device) -> None:
     """Give back what torch keeps of a device's memory for later: ONNX Runtime takes its own."""
     if device.type == "cuda":

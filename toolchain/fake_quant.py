@@ -51,31 +51,40 @@ class LearnedStep(torch.autograd.Function):
     # torch's compiler makes one loop of all of it, where it can be had (compiled.py).
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: "Coins | None", is_compiled: bool) -> torch.Tensor:
-        """`coins`: heads where x is quantized, None for everywhere. x: any dense layout."""
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        step: torch.Tensor,
+        limits: Limits,
+        coins: "Coins | None",
+        is_compiled: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """`coins`: heads where x is quantized, None for everywhere. x: any dense layout, float32 or bfloat16. `dtype`: of the result."""
         x = dense(x)
         coins = coins.over(x) if coins is not None else None
+        fallen = coins.fallen(x.numel()) if coins is not None and is_compiled else None
         if is_compiled:
-            fallen = coins.fallen(x.numel()) if coins is not None else None
-            out = like(x, compiled.quantized(flat(x), step, limits, fallen))
+            out = like(x, compiled.quantized(flat(x), step, limits, fallen, dtype))
         else:
-            out = _quantized(x, step, limits, coins)
-        ctx.save_for_backward(x, out, step)
+            out = _quantized(x.float(), step, limits, coins)
+        is_exact = x.dtype == dtype == torch.float32
+        ctx.save_for_backward(x, out, step, None if is_exact else fallen)
         ctx.limits, ctx.is_dropped, ctx.is_compiled = limits, coins is not None, is_compiled
-        return out
+        return out.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        x, out, step = ctx.saved_tensors
+        x, out, step, fallen = ctx.saved_tensors
         grad = grad_outputs[0]
         if grad.stride() != x.stride():
-            grad = torch.empty_like(x).copy_(grad)
+            grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         learns_step = ctx.needs_input_grad[1]
         if ctx.is_compiled:
-            grad_x, grad_step = compiled.gradients(flat(x), flat(out), step, flat(grad), ctx.limits)
-            return like(x, grad_x), grad_step if learns_step else None, None, None, None
-        grad_x, grad_step = _gradients(x, out, step, grad, ctx.limits, ctx.is_dropped, learns_step)
-        return grad_x, grad_step, None, None, None
+            grad_x, grad_step = compiled.gradients(flat(x), flat(out), step, flat(grad), ctx.limits, fallen)
+            return like(x, grad_x), grad_step if learns_step else None, None, None, None, None
+        grad_x, grad_step = _gradients(x.float(), out, step, grad.float(), ctx.limits, ctx.is_dropped, learns_step)
+        return grad_x.to(x.dtype), grad_step, None, None, None, None
 
 
 def _quantized(x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: "Coins | None") -> torch.Tensor:

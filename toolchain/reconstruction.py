@@ -97,7 +97,7 @@ class _Step:
         ]
         self._annealed = torch.optim.Adam(groups, fused=True, capturable=is_capturable) if groups else None
         self._coins = Coins(settings.keep_probability, draw.generator, draw.processes) if settings.keep_probability < 1.0 else None
-        self._run = self._steps.running(piece, self._coins, unit.is_compiled)
+        self._run = self._steps.running(piece, self._coins, unit.is_compiled, unit.is_narrow)
         self._is_recorded = is_recorded
         self._selections: list[Selection] = []
         self._held: Batch | None = None

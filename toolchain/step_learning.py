@@ -12,7 +12,7 @@ import torch
 from .compiled import Limits
 from .fake_quant import Coins, LearnedStep
 from .quant_table import QuantTable, TensorQuant
-from .torch_import import TorchBlock
+from .torch_import import Narrowed, TorchBlock
 
 _HEAD, _TAIL = 12, 12  # bits of a learned step: what was learned of it, and what follows; together those of a float32
 _HASH = 2654435761  # Knuth's multiplier: 2^32 over the golden ratio
@@ -38,25 +38,31 @@ class LearnedSteps:
         """What an optimiser moves."""
         return [factor for factor in self._factors.values() if factor.requires_grad]
 
-    def running(self, piece: TorchBlock, coins: Coins | None, is_compiled: bool) -> Callable[[Mapping[str, Any]], dict[str, torch.Tensor]]:
+    def running(
+        self, piece: TorchBlock, coins: Coins | None, is_compiled: bool, is_narrow: bool = False
+    ) -> Callable[[Mapping[str, Any]], dict[str, torch.Tensor]]:
         """A piece that fake-quantizes values under the present steps, its Relu and Clip before these with them.
 
         Args:
             piece: what makes the values.
             coins: where elements are quantized, None for everywhere.
             is_compiled: whether quantizers are compiled loops.
+            is_narrow: whether products are computed in bfloat16.
         """
         bounds = {name: _reach(self._grids[name]) for name in self._scores}
         bounds |= {name: ends for name, ends in piece.bounds.items() if name in self._factors}
         limits = {name: Limits(*_codes_of(grid), *bounds.get(name, ())) for name, grid in self._grids.items()}
 
+        narrowed = piece.narrowed(self._factors.keys(), bounds.keys()) if is_narrow else Narrowed()
+
         def quantize(name: str, x: torch.Tensor) -> torch.Tensor:
             if name not in self._factors:
                 return x
             step = self._calibrated[name] * self._factors[name]
-            return LearnedStep.apply(x, step, limits[name], coins, is_compiled)  # pyright: ignore[reportReturnType]
+            dtype = torch.bfloat16 if name in narrowed.written else torch.float32
+            return LearnedStep.apply(x, step, limits[name], coins, is_compiled, dtype)  # pyright: ignore[reportReturnType]
 
-        return lambda values: piece(values, quantize, bounds.keys())
+        return lambda values: piece(values, quantize, bounds.keys(), narrowed)
 
     @torch.no_grad()
     def keep_above(self, least: float) -> None:

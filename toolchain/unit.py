@@ -94,6 +94,7 @@ class Unit:
         splits: parts of a mini-batch that are learned from one after the other.
         is_compiled: whether the quantizers that learn are compiled loops.
         is_recorded: whether a step is captured once as a CUDA graph, and replayed from then on.
+        is_narrow: whether products are computed in bfloat16 in a step.
     """
 
     piece: TorchBlock
@@ -115,6 +116,7 @@ class Unit:
     splits: int = 1
     is_compiled: bool = False
     is_recorded: bool = False
+    is_narrow: bool = False
 
     def aiming_at(self, outputs: Iterable[str]) -> "Unit":
         """The unit with some of its targets."""

@@ -16,6 +16,7 @@ from .baselines.adaquant import adaquant_unit
 from .baselines.bit_split import split_unit
 from .config import Config
 from .cpu import give_back_freed_memory
+from .device import multiplies_bfloat16
 from .errors import UsageError
 from .grids import biases_of, retied, with_biases
 from .partition import Block
@@ -55,6 +56,7 @@ def reconstruct(
     total, learnt = len(_learning(units.pieces, table)), set[str]()
     saved = processes.first(_finished(run, total))
     is_compiled = len(saved) < total and compiles(units, table, config)
+    is_narrow = len(saved) < total and narrows(units, config, is_compiled)
     results: list[UnitResult] = []
     for position, piece in enumerate(units.pieces):
         if len(results) == total:
@@ -97,6 +99,7 @@ def reconstruct(
                 splits=parts.get(name, 1),
                 is_compiled=is_compiled,
                 is_recorded=units.device.type == "cuda" and config.cuda_graphs == "auto",
+                is_narrow=is_narrow,
             )
             result, outputs = _learned(unit, learner(config))
             table = table.updated(result.changes)
@@ -153,6 +156,15 @@ def compiles(units: TorchModel, table: QuantTable, config: Config) -> bool:
         raise UsageError(f"--compile on: torch could not compile: {refused}; install {needed}, or use --compile off")
     units.room.note(f"quantizers ran as single operations, which takes longer: torch could not compile: {refused}")
     return False
+
+
+def narrows(units: TorchModel, config: Config, is_compiled: bool) -> bool:
+    """Whether products are computed in bfloat16 while learning, as `config.amp` says; where it leaves that open, whether it pays."""
+    pays = config.amp == "on" or (config.amp == "auto" and is_compiled and multiplies_bfloat16(units.device))
+    if not pays or config.algorithm == "bit-split":  # it learns without gradients
+        return False
+    units.room.note("products were computed in bfloat16 while units were learned, all else in float32 (--amp off: all in float32)")
+    return True
 
 
 def learner(config: Config) -> Learner:

@@ -151,9 +151,9 @@ def floor(s: Setting) -> Callable[[], None]:
     return run
 
 
-def ours(s: Setting, is_whole: bool) -> Callable[[], None]:
-    """This project's learning loop, with all that makes it fast or without compiled quantizers and captured steps."""
-    unit = replace(s.unit, is_compiled=is_whole, is_recorded=is_whole and s.unit.device.type == "cuda")
+def ours(s: Setting, is_whole: bool, is_narrow: bool = False) -> Callable[[], None]:
+    """This project's learning loop, with all that makes it fast or without compiled quantizers and captured steps; products in bfloat16."""
+    unit = replace(s.unit, is_compiled=is_whole, is_recorded=is_whole and s.unit.device.type == "cuda", is_narrow=is_narrow)
     return lambda: _ignore(reconstruction._learn(unit, unit.table))
 
 
@@ -298,12 +298,14 @@ def measured(contenders: dict[str, Callable[[], None]], rounds: int, iterations:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = "block", "batch", "floor ms", "ours ms", "plain ms", "ours / floor", "single / floor", "plain / ours", "plain / floor"
+    heads = "block", "batch", "floor ms", "ours ms", "amp ms", "plain ms", "ours / floor", "amp / floor", "single / floor"
+    heads = *heads, "plain / ours", "plain / amp", "plain / floor"
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         ms = row["milliseconds"]
-        figures = [f"{ms[name]:.1f}" for name in ("floor", "ours", "plain")]
-        figures += [f"{row[ratio]:.2f}" for ratio in ("over_floor", "single_over_floor", "speedup", "plain_over_floor")]
+        figures = [f"{ms[name]:.1f}" for name in ("floor", "ours", "amp", "plain")]
+        ratios = "over_floor", "amp_over_floor", "single_over_floor", "speedup", "amp_speedup", "plain_over_floor"
+        figures += [f"{row[ratio]:.2f}" for ratio in ratios]
         lines.append(f"| {row['block']} | {row['batch']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
@@ -335,7 +337,13 @@ def main() -> None:
         design = DESIGNS[name]
         with tempfile.TemporaryDirectory() as folder:
             s = setting(design, Path(folder), args.batch, args.iterations, args.device)
-            contenders = {"floor": floor(s), "ours": ours(s, True), "single": ours(s, False), "plain": plain(design, s)}
+            contenders = {
+                "floor": floor(s),
+                "ours": ours(s, True),
+                "amp": ours(s, True, is_narrow=True),
+                "single": ours(s, False),
+                "plain": plain(design, s),
+            }
             times = measured(contenders, args.rounds, args.iterations, args.device)
         ms = {key: statistics.median(values) for key, values in times.items()}
         row = {
@@ -344,9 +352,11 @@ def main() -> None:
             "threads": 1,
             "milliseconds": {key: round(value, 3) for key, value in ms.items()},
             "over_floor": round(statistics.median(a / b for a, b in zip(times["ours"], times["floor"], strict=True)), 3),
+            "amp_over_floor": round(statistics.median(a / b for a, b in zip(times["amp"], times["floor"], strict=True)), 3),
             "single_over_floor": round(statistics.median(a / b for a, b in zip(times["single"], times["floor"], strict=True)), 3),
             "plain_over_floor": round(statistics.median(a / b for a, b in zip(times["plain"], times["floor"], strict=True)), 3),
             "speedup": round(statistics.median(a / b for a, b in zip(times["plain"], times["ours"], strict=True)), 3),
+            "amp_speedup": round(statistics.median(a / b for a, b in zip(times["plain"], times["amp"], strict=True)), 3),
         }
         results["rows"] = [old for old in results["rows"] if (old["block"], old["batch"]) != (name, args.batch)] + [row]
         if args.out is not None:

@@ -77,7 +77,7 @@ def _learn(layer: Layer, table: QuantTable) -> Learned:
     ]
     optimizer = torch.optim.Adam(groups, fused=True)
 
-    run = steps.running(unit.piece, None, unit.is_compiled)
+    run = steps.running(unit.piece, None, unit.is_compiled, unit.is_narrow)
     curve: list[CurvePoint] = []
     for iteration in range(settings.iterations):
         anneal(optimizer, iteration, settings.iterations)

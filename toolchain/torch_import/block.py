@@ -23,10 +23,23 @@ Observer = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Narrowed:
+    """What is bfloat16 in a block where all else is float32, by the names of values.
+
+    `products` are computed in it; of their results, those `handed` on in it go to quantizers alone; quantized values `written` in it are
+    read by products alone.
+    """
+
+    products: frozenset[str] = frozenset()
+    handed: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class _Step:
     """One node. `moves` are the positions of host values among its inputs that a device operator computes with.
 
-    `bounds` are those of a node that only holds floats between two numbers.
+    `bounds` are those of a node that only holds floats between two numbers, `narrows` one of products that bfloat16 makes faster.
     """
 
     node: str
@@ -36,6 +49,11 @@ class _Step:
     frees: tuple[str, ...]
     moves: tuple[int, ...] = ()
     bounds: tuple[float, float] | None = None
+    narrows: bool = False
+
+    def is_left_to(self, unbounded: AbstractSet[str]) -> bool:
+        """Whether whoever applies the bounds of `unbounded` values does this node's work."""
+        return self.bounds is not None and self.outputs[0] in unbounded
 
 
 class TorchBlock(torch.nn.Module):
@@ -69,8 +87,29 @@ class TorchBlock(torch.nn.Module):
         """The values that are another one held between two numbers (Relu, Clip), by name."""
         return {step.outputs[0]: step.bounds for step in self._steps if step.bounds is not None}
 
+    def narrowed(self, quantized: AbstractSet[str], unbounded: AbstractSet[str]) -> Narrowed:
+        """All products that bfloat16 makes faster, with what needs not be float32 between them and quantizers, which take either.
+
+        Args:
+            quantized: the values that `observe` quantizes.
+            unbounded: as in `forward`; these are quantized.
+        """
+        readers: dict[str, list[_Step]] = {name: [] for step in self._steps for name in step.outputs}
+        for step in self._steps:
+            for name in readers.keys() & set(step.inputs):
+                readers[name].append(step)
+        products = frozenset(step.outputs[0] for step in self._steps if step.narrows)
+        inner = {name for name in readers.keys() - set(self.block.outputs) if readers[name]}
+        only_bounded = {name for name in inner if all(step.is_left_to(unbounded) for step in readers[name])}
+        only_multiplied = {name for name in inner if all(step.narrows for step in readers[name])}
+        return Narrowed(products, products & (quantized | only_bounded), frozenset(quantized & only_multiplied))
+
     def forward(
-        self, values: Mapping[str, torch.Tensor], observe: Observer | None = None, unbounded: AbstractSet[str] = frozenset()
+        self,
+        values: Mapping[str, torch.Tensor],
+        observe: Observer | None = None,
+        unbounded: AbstractSet[str] = frozenset(),
+        narrowed: Narrowed = Narrowed(),
     ) -> dict[str, torch.Tensor]:
         """Compute the block's outputs.
 
@@ -78,6 +117,7 @@ class TorchBlock(torch.nn.Module):
             values: the block's inputs and weights by name.
             observe: called with the name and tensor of every value the nodes make; what it returns takes the tensor's place.
             unbounded: names of `bounds` that `observe` is handed without them, and applies them itself.
+            narrowed: what is bfloat16; `observe` writes its share of it.
         """
         device = next((tensor.device for tensor in values.values()), torch.device("cpu"))
         alive = {name: self.get_buffer(f"constant_{index}") for index, name in enumerate(self._constant_names)}
@@ -86,8 +126,14 @@ class TorchBlock(torch.nn.Module):
             arguments = [alive[name] if name else None for name in step.inputs]
             for index in step.moves:
                 arguments[index] = self._placed(alive[step.inputs[index]], device)
-            is_left = step.bounds is not None and step.outputs[0] in unbounded
-            made = alive[step.inputs[0]] if is_left else step.call(*arguments)
+            if step.is_left_to(unbounded):
+                made = alive[step.inputs[0]]
+            elif step.outputs[0] in narrowed.products:
+                made = step.call(*(_narrow(argument) for argument in arguments))
+                if step.outputs[0] not in narrowed.handed and isinstance(made, torch.Tensor):
+                    made = made.float()
+            else:
+                made = step.call(*arguments)
             for name, tensor in zip(step.outputs, made if isinstance(made, (tuple, list)) else (made,), strict=False):
                 if name:
                     alive[name] = tensor if observe is None else observe(name, tensor)
@@ -106,6 +152,10 @@ class TorchBlock(torch.nn.Module):
         if key not in self._copies:
             self._copies[key] = tensor.to(device)
         return self._copies[key]
+
+
+def _narrow(argument: torch.Tensor | None) -> torch.Tensor | None:
+    return argument.bfloat16() if argument is not None and argument.dtype == torch.float32 else argument
 
 
 def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchBlock:
@@ -137,7 +187,7 @@ def import_block(source: SourceModel, types: ValueTypes, block: Block) -> TorchB
             operator, moves = _on_host(operator, source.constants), ()
         else:
             moves = tuple(i for i, name in enumerate(operator.inputs) if name in host and i not in operator.host)
-        steps.append(_Step(node.name, operator.call, operator.inputs, node.outputs, frees, moves, operator.bounds))
+        steps.append(_Step(node.name, operator.call, operator.inputs, node.outputs, frees, moves, operator.bounds, operator.narrows))
     read = dict.fromkeys(name for step in steps for name in step.inputs if name in source.constants and name not in weights)
     constants = {name: torch.from_numpy(np.array(source.constants[name])) for name in read}
     return TorchBlock(block, tuple(steps), weights, constants, host & set(block.outputs)).eval()

@@ -9,6 +9,9 @@ from .operator import Converter, NodeView, Operator
 from .padding import WindowPads, to_torch
 
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_FEW_CHANNELS = (
+    8  # in a group: matrix units are idle below (with AMX, twice as fast at 8, as fast at 4, a depthwise 5x5 is five times slower)
+)
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
@@ -27,7 +30,7 @@ def conv(view: NodeView) -> Operator:
             return _CONV[weight.dim() - 2](x, weight, bias, *arguments)
         return _AddedBias.apply(_CONV[weight.dim() - 2](x, weight, bias.detach(), *arguments), bias)  # pyright: ignore[reportReturnType]
 
-    return Operator(call, view.inputs)
+    return Operator(call, view.inputs, narrows=_fills_matrices(view))
 
 
 def conv_transpose(view: NodeView) -> Operator:
@@ -50,7 +53,7 @@ def conv_transpose(view: NodeView) -> Operator:
         y = F.pad(full, to_torch([-low for low in begin], after))
         return y if bias is None else y + bias.reshape(-1, *[1] * rank)
 
-    return Operator(call, view.inputs)
+    return Operator(call, view.inputs, narrows=_fills_matrices(view))
 
 
 class _AddedBias(torch.autograd.Function):
@@ -76,6 +79,11 @@ def _output_window(pads: WindowPads, natural: list[int], spatial: torch.Size, wa
     sizes = wanted or [min(n, size * stride) for n, size, stride in zip(natural, spatial, pads.strides, strict=True)]
     totals = [max(n - size, 0) for n, size in zip(natural, sizes, strict=True)]
     return [t // 2 if pads.auto == "SAME_UPPER" else t - t // 2 for t in totals], list(sizes)
+
+
+def _fills_matrices(view: NodeView) -> bool:
+    shape = view.shape(1)
+    return view.attrs.get("group", 1) == 1 or (shape is not None and (shape[1] or 0) >= _FEW_CHANNELS)
 
 
 def _check_rank(view: NodeView) -> None:

@@ -17,12 +17,12 @@ def gemm(view: NodeView) -> Operator:
             return alpha * (left @ right) if alpha != 1.0 else left @ right
         return torch.addmm(c, left, right, beta=beta, alpha=alpha)
 
-    return Operator(call, view.inputs)
+    return Operator(call, view.inputs, narrows=True)
 
 
 def matmul(view: NodeView) -> Operator:
     """MatMul with NumPy's broadcasting, which is torch's."""
-    return Operator(torch.matmul, view.inputs)
+    return Operator(torch.matmul, view.inputs, narrows=True)
 
 
 def einsum(view: NodeView) -> Operator:

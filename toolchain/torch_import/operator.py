@@ -23,13 +23,15 @@ class Operator:
     """A torch callable for one ONNX node and the value names of its tensor arguments, in order ("" for None).
 
     `host` are the positions of arguments that are read as numbers while the block runs (computed shapes and axes): they stay on the CPU.
-    `bounds` are those of an operator that does nothing but hold its only argument between two numbers.
+    `bounds` are those of an operator that does nothing but hold its only argument between two numbers. `narrows`: it sums products, which
+    a device with matrix units computes several times faster in bfloat16.
     """
 
     call: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
     inputs: tuple[str, ...]
     host: frozenset[int] = frozenset()
     bounds: tuple[float, float] | None = None
+    narrows: bool = False
 
 
 @dataclass(frozen=True)
