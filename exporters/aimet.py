@@ -93,7 +93,7 @@ def with_rounded_weights(model: onnx.ModelProto, table: QuantTable) -> onnx.Mode
 def from_aimet(
     data: Mapping[str, Any],
     constants: Mapping[str, np.ndarray],
-    axes: Mapping[str, int],
+    axes: Mapping[str, int | None],
     where: str,
     left_out: AbstractSet[str] = frozenset(),
 ) -> QuantTable:
@@ -155,7 +155,7 @@ def _modern(name: str, rows: list[Mapping[str, Any]]) -> dict[str, Any]:
     return entry
 
 
-def _grid(entry: Mapping[str, Any], constant: np.ndarray | None, axes: Mapping[str, int], is_weight: bool) -> TensorQuant:
+def _grid(entry: Mapping[str, Any], constant: np.ndarray | None, axes: Mapping[str, int | None], is_weight: bool) -> TensorQuant:
     name, bits, symmetric = entry["name"], int(entry["bw"]), entry["is_sym"] in (True, "True")
     if is_weight and constant is None:
         raise ValueError(f"the model has no constant {name!r} for that encoding: was it made for another model?")

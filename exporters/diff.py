@@ -91,7 +91,7 @@ class QdqGraph:
         self.producer = {value: node for node in model.graph.node for value in node.output if value}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in model.graph.node:
-            for value in dict.fromkeys(node.input):
+            for value in filter(None, dict.fromkeys(node.input)):
                 self.readers.setdefault(value, []).append(node)
 
     @property
@@ -231,9 +231,10 @@ def _interface(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Iterator[
 
 def _counterpart(node: onnx.NodeProto, before: QdqGraph, after: QdqGraph, known: frozenset[str]) -> onnx.NodeProto | None:
     """The node of the quantized graph that makes what this one makes, or what a folded Relu behind it made."""
-    readers = before.readers.get(node.output[0], [])
+    own = next(filter(None, node.output), "")  # a recurrent layer may leave its first result out
+    readers = before.readers.get(own, [])
     behind = [readers[0].output[0]] if len(readers) == 1 and readers[0].op_type in _FOLDED else []
-    for value in (node.output[0], *behind):
+    for value in (own, *behind):
         made = after.producer.get(value)
         if made is not None and made.op_type in _QUANTIZERS:
             made = after.producer.get(after.behind(value, known - {value}))

@@ -20,6 +20,7 @@ own, for ONNX Runtime gives an operand another shape than a zero point may have.
 lies on a tie of the copy's grid there is no Add, so that the file says what runs.
 """
 
+import itertools
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,6 +41,10 @@ from .storage import Storage, packed_storage_of, storage_of
 
 METADATA_PREFIX = "mrecg_onnx."
 _LONG = 32  # characters
+_SUFFIXES = (  # of the values around a value
+    *("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes"),
+    *("_zero", "_zero_code", "_rescaled"),
+)
 _INT2_TARGETS = ("ort-cpu", "ort-cuda", "academic")  # runtimes other than ONNX Runtime have no 2-bit integers
 
 
@@ -190,13 +195,13 @@ class _Editor:
         self._storages = storages
         self._tables = tables
         self._outputs = {output.name for output in graph.output}
-        self._quantized_outputs = self._outputs if scheme.results == "all" else set()
+        self._quantized_outputs = self._outputs - {value.name for value in graph.input} if scheme.results == "all" else set()
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
         self._new_constants: list[onnx.TensorProto] = []
         self._kept_as_codes: set[str] = set()
         self._with_parameters: set[str] = set()
-        self._shortened: dict[str, str] = {}
-        self._taken = {*self._constants, *(value for node in _all_nodes(graph.node) for value in node.output)}
+        self._bases: dict[str, str] = {}
+        self._taken = {*self._constants, *(value.name for value in graph.input), *_inner_names(graph.node)}
 
     def edit(self) -> None:
         table = self._table.tensors
@@ -235,7 +240,7 @@ class _Editor:
             quantized = [output for output in node.output if output in renamed]
             bounds = self._absorbed(node) if quantized == list(node.output) else None
             if bounds is None:
-                kept.output[:] = [f"{output}_float" if renamed.get(output) == output else output for output in node.output]
+                kept.output[:] = [f"{self._short(output)}_float" if renamed.get(output) == output else output for output in node.output]
                 nodes.append(kept)
             for output, made in zip(node.output, kept.output, strict=True):
                 if output not in renamed:
@@ -304,16 +309,17 @@ class _Editor:
         return name if name in self._quantized_outputs else f"{self._short(name)}_dequantized"
 
     def _short(self, name: str) -> str:
-        """What the values around a value are named after: its own name, or the ends of a long one."""
-        if len(name) <= _LONG:
-            return name
-        if name not in self._shortened:
-            ends, number = f"{name[: _LONG // 2 - 2]}..{name[-_LONG // 2 :]}", 1
-            while (short := ends if number == 1 else f"{ends}.{number}") in self._taken:
-                number += 1
-            self._taken.add(short)
-            self._shortened[name] = short
-        return self._shortened[name]
+        """What the values around a value are named after: its own name, or the ends of a long one; with a number where that is taken."""
+        if name not in self._bases:
+            short = name if len(name) <= _LONG else f"{name[: _LONG // 2 - 2]}..{name[-_LONG // 2 :]}"
+            candidates = itertools.chain([short], (f"{short}.{number}" for number in itertools.count(2)))
+            free = next(base for base in candidates if self._is_free(base, name))
+            self._taken.add(free)
+            self._bases[name] = free
+        return self._bases[name]
+
+    def _is_free(self, base: str, name: str) -> bool:
+        return (base == name or base not in self._taken) and self._taken.isdisjoint(f"{base}{suffix}" for suffix in _SUFFIXES)
 
     def _codes(self, name: str, grid: TensorQuant) -> list[str]:
         """The codes of a constant with their scale and zero point, as constants."""
@@ -431,6 +437,14 @@ def _has_ties(origin: TensorQuant, grid: TensorQuant) -> bool:
     places = places[(places > grid.spec.qmin - 1) & (places < grid.spec.qmax + 1)]  # what is farther outside saturates in any case
     largest = ratio * (np.abs(codes).max() + abs(float(origin.zero_point))) + abs(float(grid.zero_point))
     return bool((np.abs(places - np.floor(places) - 0.5) < 8 * np.finfo(np.float32).eps * largest).any())
+
+
+def _inner_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """The names of all values that nodes make, and of what their subgraphs have."""
+    for node in _all_nodes(nodes):
+        yield from node.output
+        for graph in _subgraphs(node):
+            yield from (value.name for value in (*graph.input, *graph.initializer))
 
 
 def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:

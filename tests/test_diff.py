@@ -50,6 +50,12 @@ def test_only_quantizers_and_weights_differ(target: str, bits: int, tmp_path: Pa
     assert len(difference.values) >= len(origins) - len(found.table.copies)
 
 
+def test_a_layer_without_its_first_result_is_found_again(tmp_path: Path) -> None:
+    source = zoo.loaded(zoo.recurrent(last_only=True), tmp_path)
+    found = quantize(source, zoo.images(8, (5, 8)), Config(algorithm="mse", device="cpu"))
+    assert not compare(source.model, export_qdq(source.model, found.table)).changes
+
+
 @pytest.mark.parametrize("options", [{"storage": "small"}, {"activation_bits": 32, "block_size": 16, "storage": "small"}])
 def test_a_raised_opset_is_no_change(options: dict[str, Any], tmp_path: Path) -> None:
     source, _, exported = made(zoo.every_rule(), tmp_path, **options)

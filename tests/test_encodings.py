@@ -148,6 +148,23 @@ def invoke(*arguments: object) -> Result:
     return result
 
 
+def test_stored_weights_come_back_from_a_pair(tmp_path: Path) -> None:
+    """Those of a recurrent layer have a scale for each channel of an axis of their own."""
+    onnx.save(zoo.recurrent(hidden=16), tmp_path / "net.onnx")
+    np.savez(tmp_path / "calib.npz", **zoo.images(8, (5, 8)).inputs)  # pyright: ignore[reportArgumentType]
+    given = ("--calibration-data", tmp_path / "calib.npz", "--algorithm", "mse", "--device", "cpu", "--encodings", tmp_path / "net.json")
+    assert invoke("quantize", tmp_path / "net.onnx", *given).exit_code == 0
+    pair = invoke("export", tmp_path / "net.onnx", tmp_path / "net.json", "--format", "aimet", "-o", tmp_path / "pair.onnx")
+    assert pair.exit_code == 0, pair.output
+    back = invoke("export", tmp_path / "pair.onnx", tmp_path / "pair.encodings", "-o", tmp_path / "back.onnx")
+    assert back.exit_code == 0, back.output
+    first, second = (
+        {t.name: numpy_helper.to_array(t) for t in onnx.load(tmp_path / name).graph.initializer} for name in ("net.w4a4.onnx", "back.onnx")
+    )
+    assert first["rec_r_scale"].size == 64
+    np.testing.assert_array_equal(first["rec_r_quantized"], second["rec_r_quantized"])
+
+
 def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     onnx.save(zoo.tiny_resnet(), tmp_path / "net.onnx")
     np.savez(tmp_path / "calib.npz", **zoo.images(8).inputs)  # pyright: ignore[reportArgumentType]

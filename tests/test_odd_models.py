@@ -13,8 +13,10 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
+from tests import zoo
 from toolchain.cli import main
 from toolchain.config import Config
+from toolchain.errors import UnsupportedModelError
 from toolchain.pipeline import quantize
 from toolchain.samples import Samples, check_samples
 from toolchain.source import load_source
@@ -270,15 +272,82 @@ def even_attention() -> tuple[onnx.ModelProto, Arrays]:
     return made(nodes, [value("x", FLOAT, "N", 8)], [value("y", FLOAT, "N", 4)], constants), {"x": VECTORS}
 
 
+def names_of_the_exporter() -> tuple[onnx.ModelProto, Arrays]:
+    """Inputs, outputs, values and nodes that have the names which quantizers around others would be given."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], name="r_QuantizeLinear"),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Mul", ["r", "x_scale"], ["r_clipped"]),
+        helper.make_node("Gemm", ["r_clipped", "v"], ["y"]),
+        helper.make_node("Gemm", ["r", "v"], ["r_scale"]),
+    ]
+    inputs = [value("x", FLOAT, "N", 8), value("x_scale", FLOAT, "N", 1)]
+    outputs = [value("y", FLOAT, "N", 4), value("r_scale", FLOAT, "N", 4)]
+    arrays = {"x": VECTORS, "x_scale": np.abs(VECTORS[:, :1]) + 1}
+    return made(nodes, inputs, outputs, {"w": weight(8, 16), "v": weight(16, 4)}), arrays
+
+
+def half_function() -> tuple[onnx.ModelProto, Arrays]:
+    """Half precision with a function that names the type, a constant output, and an input that is handed out."""
+    half = numpy_helper.from_array(np.array(0.5, np.float16), "half")
+    body = [helper.make_node("Constant", [], ["half"], value=half), helper.make_node("Mul", ["a", "half"], ["b"])]
+    function = helper.make_function("own", "Halved", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    outputs = value("y", FLOAT, "N", 4), value("anchors", FLOAT, 3), value("x", FLOAT, "N", 8)
+    model = two_layers((), *outputs, domains=[("own", 1)], anchors=np.ones(3, np.float32))
+    model.graph.node[1].input[0] = "halved"
+    model.graph.node.insert(1, helper.make_node("Halved", ["h"], ["halved"], domain="own"))
+    model.functions.append(function)
+    for entry in (*model.graph.input, *model.graph.output):
+        entry.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for tensor in model.graph.initializer:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return model, {"x": VECTORS.astype(np.float16)}
+
+
+def branches_with_one_name() -> tuple[onnx.ModelProto, Arrays]:
+    """What is a weight in one branch of an If is a result in the other."""
+
+    def branch(name: str, tensors: Sequence[onnx.TensorProto], *nodes: onnx.NodeProto) -> onnx.GraphProto:
+        return helper.make_graph(nodes, name, [], [onnx.ValueInfoProto(name=f"{name}_out")], tensors)
+
+    shared = numpy_helper.from_array(weight(64, 16), "k")
+    then = branch("then", [shared], helper.make_node("MatMul", ["r", "k"], ["then_out"]))
+    k, out = helper.make_node("Relu", ["r"], ["k"]), helper.make_node("MatMul", ["k", "u"], ["else_out"])
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("ReduceMax", ["r"], ["most"], keepdims=0),
+        helper.make_node("Greater", ["most", "none"], ["is_some"]),
+        helper.make_node("If", ["is_some"], ["z"], then_branch=then, else_branch=branch("else", [], k, out)),
+        helper.make_node("Gemm", ["z", "v"], ["y"]),
+    ]
+    constants = {"w": weight(8, 64), "u": weight(64, 16), "v": weight(16, 4), "none": np.zeros((), np.float32)}
+    return made(nodes, [value("x", FLOAT, "N", 8)], [value("y", FLOAT, "N", 4)], constants), {"x": VECTORS}
+
+
+def axes_and_windows() -> tuple[onnx.ModelProto, Arrays]:
+    """Pad and Resize of some axes, and windows over the end, between convolutions that run channels last."""
+    b = zoo.Builder({"x": ["N", 8, 9, 9]}, opset=18)
+    axes, pads, zero = (b.constant(n, np.array(a)) for n, a in (("axes", [2, -1]), ("pads", [1, 0, 2, 1]), ("zero", np.float32(0))))
+    scales, sizes = b.constant("scales", np.array([2, 1.5], np.float32)), b.constant("sizes", np.array([11, 13]))
+    y = b.op("Pad", b.conv("x", 8, 8, act="relu"), pads, zero, axes)
+    y = b.op("Resize", b.conv(y, 8, 8, act="relu"), "", scales, mode="linear", axes=[-2, 3])
+    y = b.op("Resize", b.conv(y, 8, 8, act="relu"), "", "", sizes, mode="nearest", axes=[2, 3])
+    windows = {"kernel_shape": [3, 3], "strides": [3, 3], "ceil_mode": 1, "count_include_pad": 1}
+    y = b.op("AveragePool", b.conv(y, 8, 8, act="relu"), **windows)
+    model = b.model(b.conv(y, 8, 4))
+    return model, {"x": RNG.normal(size=(16, 8, 9, 9)).astype(np.float32)}
+
+
 MODELS = {
     builder.__name__: builder
     for builder in (
         constant_outputs, class_maps, unequal_sequence, strings_in, strange_names, infinite_weight, sparse, stacked_weights, folded_windows,
         causal_mask, steps_first, one_sequence, one_image, one_vector, doubles, halves, inputs_handed_out, fixed_rows,
-        even_attention,
+        even_attention, names_of_the_exporter, half_function, branches_with_one_name, axes_and_windows,
     )
 }  # fmt: skip
-EXACT = {"inputs_handed_out": {"same", "part"}}
+EXACT = {"inputs_handed_out": {"same", "part"}, "half_function": {"x", "anchors"}}
 """Models with outputs that must be those of the float model."""
 KEPT = {"infinite_weight": "NaN or infinite", "constant_outputs": "is an output of the model"}
 """Models with a layer that stays float, and what its row says."""
@@ -303,6 +372,39 @@ def test_quantized_and_reported(name: str, tmp_path: Path) -> None:
     assert list(facts["validation"]["sqnr"]) == [output.name for output in model.graph.output]
     written = ort.InferenceSession(str(tmp_path / "q.onnx"), providers=["CPUExecutionProvider"])
     assert [entry.name for entry in written.get_outputs()] == [output.name for output in model.graph.output]
+
+
+@pytest.mark.parametrize("name", ["inputs_handed_out", "names_of_the_exporter"])
+@pytest.mark.parametrize("target", ["qnn", "tensorrt", "openvino"])
+def test_other_targets_write_what_runs(name: str, target: str, tmp_path: Path) -> None:
+    model, samples = MODELS[name]()
+    onnx.save(model, tmp_path / "m.onnx")
+    np.savez(tmp_path / "c.npz", **samples)  # pyright: ignore[reportArgumentType]
+    arguments = ["quantize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), "--calibration-data", str(tmp_path / "c.npz")]
+    done = CliRunner().invoke(main, [*arguments, "--target", target, "--device", "cpu", "-p", "w8a8", "--algorithm", "mse"])
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "q.report" / "report.json").read_text())["validation"]
+    assert facts["simulation"]["sqnr"] is None or facts["simulation"]["sqnr"] > 40  # None is exact; a few codes on ties
+
+
+def test_an_input_with_a_default_becomes_a_constant_and_is_named(tmp_path: Path) -> None:
+    model = two_layers(gain=np.ones(16, np.float32))
+    model.graph.node[0].output[0] = "g"
+    model.graph.node.insert(1, helper.make_node("Mul", ["g", "gain"], ["h"]))
+    model.graph.input.append(value("gain", FLOAT, 16))
+    onnx.save(model, tmp_path / "m.onnx")
+    source = load_source(tmp_path / "m.onnx")
+    assert source.notes == ("the default of input 'gain' is a constant of the quantized model: it cannot be fed any more",)
+    model.graph.input.extend(value(name, FLOAT, *shape) for name, shape in (("w", (8, 16)), ("v", (16, 4))))
+    onnx.save(model, tmp_path / "all.onnx")
+    assert not load_source(tmp_path / "all.onnx").notes  # that is how files were once written
+
+
+def test_settings_that_leave_nothing_to_quantize(tmp_path: Path) -> None:
+    model, samples = two_layers(), Samples({"x": VECTORS})
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedModelError, match="leave nothing of the model to quantize: Gemm Gemm_0 kept float on request"):
+        quantize(load_source(tmp_path / "m.onnx"), samples, Config(keep_float=("Gemm",), device="cpu", algorithm="mse"))
 
 
 @pytest.mark.parametrize("name", ["doubles", "halves", "fixed_rows", "one_image"])

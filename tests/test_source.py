@@ -126,6 +126,21 @@ def test_a_reshape_that_copies_other_axes_follows_the_batch_too(tmp_path: Path) 
     assert infer_types(zoo.loaded(b.model(b.linear(y, 4, 5)), tmp_path), {"x": (3, 8, 8)}).batch is None
 
 
+def test_the_shape_of_a_reshape_that_follows_the_batch_is_its_own(tmp_path: Path) -> None:
+    """Though another operator reads what it was given, under the name that it would have."""
+    b = zoo.Builder({"x": [1, 4, 4, 4]})
+    shape = b.constant("flat_shape", np.array([1, 64]))
+    flat = b.op("Reshape", b.conv("x", 4, 4, act="relu"), shape, name="flat")
+    b.nodes[-1].name = "flat"
+    source = zoo.loaded(
+        b.model(b.op("Add", b.linear(flat, 64, 64), b.op("Expand", b.constant("one", np.ones((1, 1), np.float32)), shape))), tmp_path
+    )
+    samples = zoo.images(3, (4, 4, 4)).inputs["x"]
+    session = runtime.session(source.model)
+    assert runtime.run(session, {"x": samples})[source.graph.outputs[0]].shape == (3, 64)
+    assert len({tensor.name for tensor in source.model.graph.initializer}) == len(source.model.graph.initializer)
+
+
 def test_layers_that_share_a_bias_have_one_each(tmp_path: Path) -> None:
     """A head over two feature maps: one weight, and a bias whose int32 steps differ with the maps."""
     b = zoo.Builder({"x": ["N", 3, 8, 8]})

@@ -181,11 +181,14 @@ def loaded(model: onnx.ModelProto, folder: Path) -> SourceModel:
     return load_source(path)
 
 
-def recurrent() -> onnx.ModelProto:
-    """An LSTM between two products: [N, 5, 8] to [N, 4]."""
+def recurrent(hidden: int = 12, last_only: bool = False) -> onnx.ModelProto:
+    """An LSTM between two products: [N, 5, 8] to [N, 4]; with all its results, or the last one alone as Keras' are."""
     b = Builder({"x": ["N", 5, 8]})
     x = b.op("Relu", b.op("MatMul", "x", b.weight("before", (8, 8), 8)))
-    w, r = b.weight("rec_w", (1, 4 * 12, 8), 8), b.weight("rec_r", (1, 4 * 12, 12), 12)
-    y = b.op("LSTM", b.op("Transpose", x, perm=[1, 0, 2]), w, r, hidden_size=12, outputs=2)
-    last = b.op("Gather", y, b.constant("last", np.array(-1, np.int64)))
-    return b.model(b.op("MatMul", b.op("Squeeze", last, b.constant("axis", np.array([0], np.int64))), b.weight("after", (12, 4), 12)))
+    w, r = b.weight("rec_w", (1, 4 * hidden, 8), 8), b.weight("rec_r", (1, 4 * hidden, hidden), hidden)
+    y = b.op("LSTM", b.op("Transpose", x, perm=[1, 0, 2]), w, r, hidden_size=hidden, outputs=2)
+    if last_only:
+        b.nodes[-1].output[:] = ["", "last_result"]
+    last = "last_result" if last_only else b.op("Gather", y, b.constant("last", np.array(-1, np.int64)))
+    squeezed = b.op("Squeeze", last, b.constant("axis", np.array([0], np.int64)))
+    return b.model(b.op("MatMul", squeezed, b.weight("after", (hidden, 4), hidden)))

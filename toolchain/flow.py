@@ -87,7 +87,8 @@ class Flow:
         return found
 
     def is_quantized_output(self, value: str) -> bool:
-        return value in self.graph.outputs and self.scheme.results == "all"
+        is_made = value in self.graph.producer  # an input that is handed out stays as it came
+        return is_made and value in self.graph.outputs and self.scheme.results == "all"
 
     def _quantized_inputs(self, node: Node) -> tuple[str, ...]:
         """Of a weighted node only the activation (input 0) is an operand: a computed bias stays float."""

@@ -13,12 +13,13 @@ from .errors import UnsupportedModelError, first_line
 from .folding import fold_channels
 from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
-from .protos import inferred_shapes, referenced, rename_values, subgraphs
+from .protos import defined, free_name, inferred_shapes, referenced, rename_values, subgraphs, value_names
 from .raising import MIN_OPSET, opset_of, raised
 from .unfusing import unfuse
+from .workarounds import avoid_defects
 
-# Of `exporters.qdq`.
-_EXPORT_SUFFIXES = ("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes")
+# Of the nodes that `exporters.qdq` makes for a value.
+_EXPORT_SUFFIXES = ("_QuantizeLinear", "_DequantizeLinear", "_LookupDequantizeLinear", "_Clip", "_Zero", "_Add")
 # ONNX Runtime's MatMulAddFusion names the shapes it makes so, without looking whether a constant has that name, and then refuses the model.
 _RUNTIME_NAMES = ("gemm_input_shape", "gemm_output_shape")
 
@@ -106,6 +107,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     spread_biases(model.graph)
     give_own_biases(model.graph)
     _order_initializers(model.graph)
+    avoid_defects(model)
     _name_nodes(model.graph)
     _open_batch(model)
     return model
@@ -148,19 +150,11 @@ def _order_initializers(graph: onnx.GraphProto) -> None:
 
 
 def _free_names(graph: onnx.GraphProto) -> None:
-    """Rename values whose names are given later: by the exporter to a scale or the codes of another value (`conv` and `conv_scale`), or by
-    ONNX Runtime when it optimises the exported file, whose MatMul and Add it joins where it did not in the float model."""
+    """Rename values whose names ONNX Runtime gives when it optimises the exported file, whose MatMul and Add it joins where it did not in
+    the float model."""
     fixed = {value.name for value in (*graph.input, *graph.output)}
-    values = fixed | {tensor.name for tensor in graph.initializer} | {value for node in graph.node for value in node.output}
-    renamed: dict[str, str] = {}
-    for name in sorted(values - fixed):
-        exported = any(name.endswith(suffix) and name.removesuffix(suffix) in values for suffix in _EXPORT_SUFFIXES)
-        if exported or name.startswith(_RUNTIME_NAMES):
-            new = f"{name}_"
-            while new in values:
-                new += "_"
-            renamed[name] = new
-            values.add(new)
+    taken = set(defined(graph))
+    renamed = {name: free_name(name, taken) for name in sorted(value_names(graph) - fixed) if name.startswith(_RUNTIME_NAMES)}
     if renamed:
         rename_values(graph, renamed, outputs=True)
         for tensor in graph.initializer:
@@ -170,7 +164,8 @@ def _free_names(graph: onnx.GraphProto) -> None:
 
 
 def _name_nodes(graph: onnx.GraphProto) -> None:
-    taken: set[str] = set()
+    """Give nodes names of their own, and none that the exporter gives to a quantizer."""
+    taken = {f"{value}{suffix}" for value in value_names(graph) for suffix in _EXPORT_SUFFIXES}
     for index, node in enumerate(graph.node):
         base = node.name or f"{node.op_type}_{index}"
         name, suffix = base, 1
@@ -203,7 +198,7 @@ def _open_batch(model: onnx.ModelProto) -> None:
         return
     batch = batches.pop()
     tensors = {tensor.name: tensor for tensor in graph.initializer}
-    shapes = inferred_shapes(model)
+    shapes, taken = inferred_shapes(model), set(defined(graph))
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] not in tensors or not shapes.get(node.input[0]):
             continue
@@ -222,6 +217,6 @@ def _open_batch(model: onnx.ModelProto) -> None:
         kept = [attribute for attribute in node.attribute if attribute.name != "allowzero"]  # torch sets it where no axis is 0 too
         del node.attribute[:]
         node.attribute.extend(kept)
-        name = f"{node.name}_shape"
+        name = free_name(f"{node.name}_shape", taken)
         graph.initializer.append(numpy_helper.from_array(np.array(shape, np.int64), name))
         node.input[1] = name

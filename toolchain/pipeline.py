@@ -9,6 +9,7 @@ from .activations import TorchModel
 from .bias_correction import correct_biases
 from .config import Config
 from .device import full_float32, give_back, pick_device
+from .errors import UnsupportedModelError
 from .grids import calibrate, with_biases
 from .importing import imported
 from .islands import find_islands
@@ -100,6 +101,11 @@ def quantize(
     if config.merge:
         make_plan(source, rows, config)  # refuses names of blocks that there are none of, before the work begins
     placement = place(source, types, config.scheme, config.precision, floats, islands, own, copies)
+    if not (placement.activations or placement.weights or placement.stored):
+        why = "".join(f": {row.op_type} {row.node} {row.reason}" for row in placement.floats[:1])
+        raise UnsupportedModelError(
+            f"these settings leave nothing of the model to quantize{why}; use another --target or --precision, or less --keep-float"
+        )
     model = replace(model, room=room)
     laps.end("import")
     few = samples.first(config.range_samples).whole(types.batch)

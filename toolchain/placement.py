@@ -149,7 +149,8 @@ def operand_copies(
     graph = source.graph
     ground = _ground(source, types, scheme, precision, keep_float, islands, own)
     flow, integer = ground.flow, ground.integer
-    handed_out = {flow.source(value) for value in graph.outputs}.intersection(graph.inputs) if scheme.results != "all" else set()
+    given_out = graph.outputs if scheme.results == "all" else map(flow.source, graph.outputs)
+    handed_out = set(graph.inputs).intersection(given_out)
     taken = {*graph.inputs, *graph.constants, *graph.producer}
     copies: dict[str, Copy] = {}
     for value in [*graph.inputs, *graph.producer]:

@@ -61,6 +61,24 @@ def value_names(graph: onnx.GraphProto) -> set[str]:
     return given | {value for node in graph.node for value in node.output}
 
 
+def defined(graph: onnx.GraphProto) -> Counter[str]:
+    """How often each name stands for a value, in a graph and in those inside it: as an input, a constant or the result of a node."""
+    found = Counter(value.name for value in (*graph.input, *graph.initializer))
+    for node in graph.node:
+        found.update(value for value in node.output if value)
+        for subgraph in subgraphs(node):
+            found += defined(subgraph)
+    return found
+
+
+def free_name(wanted: str, taken: set[str]) -> str:
+    """A name as wanted, lengthened until nothing has it; it is taken from then on."""
+    while wanted in taken:
+        wanted += "_"
+    taken.add(wanted)
+    return wanted
+
+
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:
     """Put other nodes in the place of all; some of them may be the graph's own."""
     kept = list(nodes)

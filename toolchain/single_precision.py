@@ -4,11 +4,11 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, inliner, numpy_helper
 
 from . import runtime
 from .errors import UnsupportedModelError
-from .protos import rename_values, subgraphs
+from .protos import defined, free_name, rename_values, subgraphs
 
 _HALF = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _SUFFIX = "_float32"
@@ -27,6 +27,8 @@ def in_float32(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
     kinds = _kinds(model.graph)
     if not kinds:
         return model, ()
+    if model.functions:  # whose types are those of their callers
+        model = inliner.inline_local_functions(model)
     if TensorProto.DOUBLE in kinds:
         runtime.session(model)  # few operators have kernels for doubles: what it is compared with must run
     found = {t.data_type for t in _tensors(model.graph)} & kinds
@@ -35,16 +37,21 @@ def in_float32(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
     result.CopyFrom(model)
     graph = result.graph
     _convert(graph, kinds)
-    before, after = [], []
+    before, after, taken = [], [], set(defined(graph))
+    inputs, constants = {value.name for value in graph.input}, {tensor.name: tensor for tensor in graph.initializer}
     for value in graph.input:
-        if value.type.tensor_type.elem_type in kinds:
-            rename_values(graph, {value.name: value.name + _SUFFIX}, outputs=False)
-            before.append(helper.make_node("Cast", [value.name], [value.name + _SUFFIX], f"{value.name}_Cast", to=TensorProto.FLOAT))
+        if value.type.tensor_type.elem_type in kinds and value.name not in constants:
+            single = free_name(value.name + _SUFFIX, taken)
+            rename_values(graph, {value.name: single}, outputs=False)
+            before.append(helper.make_node("Cast", [value.name], [single], f"{value.name}_Cast", to=TensorProto.FLOAT))
     for value in graph.output:
         kind = value.type.tensor_type.elem_type
-        if kind in kinds:
-            rename_values(graph, {value.name: value.name + _SUFFIX}, outputs=True)
-            after.append(helper.make_node("Cast", [value.name + _SUFFIX], [value.name], f"{value.name}_Cast", to=kind))
+        if kind in kinds and (value.name not in inputs or value.name in constants):  # an input that is handed out stays as it came
+            single = free_name(value.name + _SUFFIX, taken)
+            rename_values(graph, {value.name: single}, outputs=True)
+            if value.name in constants:
+                constants[value.name].name = single
+            after.append(helper.make_node("Cast", [single], [value.name], f"{value.name}_Cast", to=kind))
     nodes = [*before, *graph.node, *after]
     del graph.node[:]
     graph.node.extend(nodes)

@@ -228,6 +228,7 @@ def _loaded(path: Path) -> SourceModel:
     changes += ["the model was brought from double precision to float32"] if "double" in kinds else []
     notes = (f"{' and '.join(kinds)} values are computed in float32; graph inputs and outputs keep their types",) if kinds else ()
     notes += (_FOR_ONE_CPU,) if is_for_one_cpu(model.graph) else ()
+    notes += _with_defaults(model)
     shelf = large.Shelf() if large.weight_bytes(model) > large.OUTSIDE else None
     model = normalised(model, path, shelf.folder if shelf is not None else None)
     if shelf is None and large.weight_bytes(model) > large.OUTSIDE:  # made by nodes that were folded
@@ -252,6 +253,15 @@ def _loaded(path: Path) -> SourceModel:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return _with_sample_axes(SourceModel(path, digest, model, graph, inputs, notes, shelf, " and ".join(changes) or None))
+
+
+def _with_defaults(model: onnx.ModelProto) -> tuple[str, ...]:
+    """A note of the inputs with a default, which become constants; none of a file that lists all constants as inputs, as old ones do."""
+    inputs, constants = ({value.name for value in values} for values in (model.graph.input, model.graph.initializer))
+    named = sorted(inputs & constants)
+    if not named or constants <= inputs:
+        return ()
+    return (f"the default of input {', '.join(map(repr, named))} is a constant of the quantized model: it cannot be fed any more",)
 
 
 def _why_weightless(model: onnx.ModelProto, quantized: onnx.NodeProto | None) -> str:

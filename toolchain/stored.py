@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from .graph import ONNX_DOMAINS, WEIGHT_INPUT, Graph, channel_axis
-from .protos import rename_values, subgraphs
+from .protos import defined, free_name, rename_values, subgraphs, value_names
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
@@ -85,8 +85,7 @@ def lift_weights(graph: onnx.GraphProto) -> None:
 
     Only what may be stored as codes is moved; a body that a Loop runs many times then shares what is dequantized once.
     """
-    taken = {tensor.name for tensor in graph.initializer} | {value for node in graph.node for value in node.output}
-    taken |= {value.name for value in graph.input}
+    taken = value_names(graph) | {name for name, count in defined(graph).items() if count > 1}  # branches may use the same names
     for node in graph.node:
         for subgraph in subgraphs(node):
             _lift(subgraph, graph, taken, node.name)
@@ -137,10 +136,7 @@ def _lift(subgraph: onnx.GraphProto, top: onnx.GraphProto, taken: set[str], oute
             continue
         if any(_axis(read, len(tensor.dims)) == _COMPUTED for read in inside):
             continue
-        name, number, old = tensor.name, 1, tensor.name
-        while name in taken:
-            name, number = f"{old}_{number}", number + 1
-        taken.add(name)
+        old, name = tensor.name, free_name(tensor.name, taken)
         lifted = top.initializer.add()
         lifted.CopyFrom(tensor)
         lifted.name = name

@@ -73,7 +73,8 @@ def _export(model: Path, table_file: Path, target: str | None, storage: str | No
     source = load_source(model)
     learned_for = None
     if '"activation_encodings"' in text:
-        axes = {weight: source.channel_axis(node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
+        axes = {name: stored.axis for name, stored in source.stored.items()}
+        axes |= {weight: source.channel_axis(node) for node in source.graph.weighted if (weight := source.graph.weight(node)) is not None}
         whole, data = read(model), aimet.loads(text, str(table_file))
         folded = aimet.entries_of(data, str(table_file)) & folded_values(source, whole)
         if folded:
