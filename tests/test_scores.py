@@ -191,7 +191,7 @@ class Attention:
 
     bounds: Mapping[str, tuple[float, float]] = {}
 
-    def __call__(self, values: Mapping[str, torch.Tensor], observe: Any, unbounded: Any) -> dict[str, torch.Tensor]:
+    def __call__(self, values: Mapping[str, torch.Tensor], observe: Any, unbounded: Any, narrowed: Any) -> dict[str, torch.Tensor]:
         return {"y": torch.softmax(observe("s", values["s"]), -1) @ values["v"]}
 
 

@@ -18,6 +18,7 @@ from .errors import first_line
 # Seconds a quantized element and step, forward and backward: on a thread of a CPU of 2023; on a GPU that reads and writes 2 TB/s, for the
 # fifteen passes over memory that are saved (from that, not measured).
 _SAVED = {"cpu": 1.5e-9, "cuda": 3e-11}
+_LOOPS = 64  # of one function
 _COST = 8.0  # seconds: what compiling takes, as a rule less (measured: 2 where torch has its cache, up to 15 on a busy machine)
 
 
@@ -46,7 +47,7 @@ def refusal(device: torch.device) -> str | None:
         x, ends = torch.ones(64, device=device), torch.ones(4, device=device)
         with torch.no_grad():  # as where they are called
             _loop(_dropped)(x, x[0], ends, x.to(torch.uint8), x.dtype)
-            _loop(_backward)(x, x, x[0], x, ends)
+            _loop(_backward)(x, x.clone(), x[0], x.clone(), ends)
     except Exception as error:  # whatever the compiler, the linker and their folders have to say
         return first_line(error)
     return None
@@ -69,13 +70,15 @@ def gradients(
 
     `coins` are not needed of float32: where it was left as it was, an element was dropped. The end of a bfloat16 is rounded there.
     """
-    given = x.detach(), out.detach(), step.detach(), grad, _ends(limits, x.device)
+    given = x.detach(), out.detach(), step.detach(), grad.detach(), _ends(limits, x.device)
     return _loop(_backward)(*given) if coins is None else _loop(_backward_of_kept)(*given, coins)
 
 
 @functools.cache
 def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no CUDA, asked or not
+    # A loop for each pair of types, and some for ranges of sizes: torch would give up after eight.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _LOOPS)
     # In this process: a pool of compilers takes longer to start than these few loops take.
     return torch.compile(function, dynamic=True, fullgraph=True, options={"compile_threads": 1})
 
