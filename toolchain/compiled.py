@@ -64,14 +64,15 @@ def quantized(x: torch.Tensor, step: torch.Tensor, limits: Limits, coins: torch.
 
 
 def gradients(
-    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, limits: Limits, coins: torch.Tensor | None
+    x: torch.Tensor, out: torch.Tensor | None, step: torch.Tensor, grad: torch.Tensor, limits: Limits, coins: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Those of the elements [n] and of the step, from what was made of the elements and its gradient.
 
-    `coins` are not needed of float32: where it was left as it was, an element was dropped. The end of a bfloat16 is rounded there.
+    In float32 that tells which elements were dropped: they are as they were. Of bfloat16, where it is rounded, `out` is None and made once
+    more from the `coins`: the error of a code that bfloat16 does not have would be that of its whole code in the gradient of the step.
     """
-    given = x.detach(), out.detach(), step.detach(), grad.detach(), _ends(limits, x.device)
-    return _loop(_backward)(*given) if coins is None else _loop(_backward_of_kept)(*given, coins)
+    x, step, grad, ends = x.detach(), step.detach(), grad.detach(), _ends(limits, x.device)
+    return _loop(_backward_again)(x, step, grad, ends, coins) if out is None else _loop(_backward)(x, out.detach(), step, grad, ends)
 
 
 @functools.cache
@@ -105,15 +106,17 @@ def _backward(
     x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     bounded = _bounded(x, ends)
-    error = out.float() - bounded
-    return _gradients(x, bounded, error, error != 0.0, step, grad.float(), ends)
+    error = out - bounded
+    return _gradients(x, bounded, error, error != 0.0, step, grad, ends)
 
 
-def _backward_of_kept(
-    x: torch.Tensor, out: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor, coins: torch.Tensor
+def _backward_again(
+    x: torch.Tensor, step: torch.Tensor, grad: torch.Tensor, ends: torch.Tensor, coins: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    bounded, is_kept = _bounded(x, ends), coins.float() > 0.5
-    return _gradients(x, bounded, torch.where(is_kept, out.float() - bounded, 0.0), is_kept, step, grad.float(), ends)
+    bounded = _bounded(x, ends)
+    error = _kept(x, step, ends, torch.float32) - bounded
+    is_kept = torch.ones_like(error, dtype=torch.bool) if coins is None else coins.float() > 0.5
+    return _gradients(x, bounded, torch.where(is_kept, error, 0.0), is_kept, step, grad.float(), ends)
 
 
 def _gradients(

@@ -68,8 +68,8 @@ class LearnedStep(torch.autograd.Function):
             out = like(x, compiled.quantized(flat(x), step, limits, fallen, dtype))
         else:
             out = _quantized(x.float(), step, limits, coins)
-        is_exact = x.dtype == dtype == torch.float32
-        ctx.save_for_backward(x, out, step, None if is_exact else fallen)
+        is_rounded = is_compiled and not x.dtype == dtype == torch.float32
+        ctx.save_for_backward(x, None if is_rounded else out, step, fallen if is_rounded else None)
         ctx.limits, ctx.is_dropped, ctx.is_compiled = limits, coins is not None, is_compiled
         return out.to(dtype)
 
@@ -81,7 +81,7 @@ class LearnedStep(torch.autograd.Function):
             grad = torch.empty_like(x, dtype=grad.dtype).copy_(grad)
         learns_step = ctx.needs_input_grad[1]
         if ctx.is_compiled:
-            grad_x, grad_step = compiled.gradients(flat(x), flat(out), step, flat(grad), ctx.limits, fallen)
+            grad_x, grad_step = compiled.gradients(flat(x), None if out is None else flat(out), step, flat(grad), ctx.limits, fallen)
             return like(x, grad_x), grad_step if learns_step else None, None, None, None, None
         grad_x, grad_step = _gradients(x.float(), out, step, grad.float(), ctx.limits, ctx.is_dropped, learns_step)
         return grad_x.to(x.dtype), grad_step, None, None, None, None
