@@ -72,3 +72,10 @@ def test_a_float_model_is_its_own_reference() -> None:
     model = zoo.tiny_resnet()
     found = check_kernels(model, dict(zoo.images(4).inputs))
     assert (found.values, found.steps, found.share) == (1, pytest.approx(0.0, abs=1e-3), 0.0)
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("1", 1), ("3", 3), ("", 0), ("many", 0)])
+def test_sessions_have_the_threads_that_openmp_is_asked_for(asked: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime has a pool of its own, of all cores (0), whatever the environment says."""
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert {level.options().intra_op_num_threads for level in runtime.Optimization} == {threads}

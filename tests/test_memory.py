@@ -85,7 +85,9 @@ def test_the_estimate_follows_liveness() -> None:
     assert demand.room_in(120) == 0  # the work is done in parts
     assert "about 0 MB at the peak" in demand.describe(None)
     assert "go to files" in demand.describe(150)
-    with pytest.raises(UsageError, match=r"--memory-budget 0 MB.*work on a unit takes about 0 MB in the smallest parts.*give 0 MB or more"):
+    with pytest.raises(
+        UsageError, match=r"--memory-budget 0 MB.*work on a unit takes about 0 MB in the smallest parts.*give 0.1 GB or more"
+    ):
         demand.room_in(109)
 
 

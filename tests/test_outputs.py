@@ -18,7 +18,7 @@ from toolchain.report import validation_report
 from toolchain.run_folder import digest
 from toolchain.samples import Samples
 from toolchain.validation import class_output, parity, sqnr, validate
-from toolchain.wording import faster_remedy, headline
+from toolchain.wording import headline
 
 INF = np.inf
 CONFIG = {"target": "ort-cpu", "weight-bits": 4, "activation-bits": 8, "number-format": "int"}
@@ -112,20 +112,6 @@ def test_labels_that_no_output_has_a_use_for_are_said_to_be_unused(tmp_path: Pat
     facts: dict[str, Any] = {"validation": {**validation_report(checked), "evaluated_on": "data"}, "config": CONFIG}
     line = dict(headline(facts | {"coverage": {"weights_quantized": 0}}))
     assert line["accuracy"].endswith("3 samples of data; labels not used: no output scores or names classes")
-
-
-@pytest.mark.parametrize(
-    ("changes", "is_told"), [({}, True), ({"activation-bits": 32}, False), ({"target": "qnn"}, False), ({"number-format": "fp8"}, False)]
-)
-def test_a_file_that_is_slower_has_weights_alone_suggested(changes: dict[str, Any], is_told: bool) -> None:
-    """Integer kernels of three-dimensional convolutions with few channels are slower than those in float."""
-    latency = {"batch": 1, "float_ms": 1.0, "quantized_ms": 2.5}
-    v = {"latency": latency, "integer_operators": 5}
-    facts = {"validation": v, "config": CONFIG | changes, "coverage": {"weights_quantized": 1}}
-    assert faster_remedy(facts) == ("-p w4a32 is as small, and computes in float" if is_told else "")
-    for float_ms, quantized_ms in ((1.0, 1.1), (0.1, 0.2)):
-        latency |= {"float_ms": float_ms, "quantized_ms": quantized_ms}
-        assert faster_remedy(facts) == ""
 
 
 def test_signal_to_noise_of_what_is_no_number() -> None:

@@ -70,7 +70,7 @@ class Demand:
             work = f" and the work on a unit takes about {readable(self.least)} in the smallest parts" if self.device is None else ""
             raise UsageError(
                 f"--memory-budget {readable(budget)}: {readable(self.taken)} are in use already (program, model, samples){work}, without "
-                f"any cached activation; give {readable(needed)} or more"
+                f"any cached activation; give {math.ceil(needed / 1e8) / 10:g} GB or more"
             )
         return max(budget - self.taken - self._largest, 0)
 

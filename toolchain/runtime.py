@@ -1,6 +1,7 @@
 """ONNX Runtime: the only room that imports it. Sessions, batched runs, and its hardware-independent graph clean-up."""
 
 import ctypes
+import os
 import re
 import sys
 import tempfile
@@ -49,9 +50,16 @@ class Optimization(Enum):
         found.graph_optimization_level = {"none": level.ORT_DISABLE_ALL, "basic": level.ORT_ENABLE_BASIC}.get(
             self.value, level.ORT_ENABLE_ALL
         )
+        found.intra_op_num_threads = _threads()
         if self is Optimization.UNFUSED:
             found.add_session_config_entry(*_WITHOUT_KERNELS)
         return found
+
+
+def _threads() -> int:
+    """Threads of a session: those that OMP_NUM_THREADS asks for, which ONNX Runtime does not look at by itself; 0 for its own choice."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdecimal() else 0
 
 
 def pick_provider(device: str) -> str:

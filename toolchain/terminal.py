@@ -23,7 +23,6 @@ from .wording import (
     decibel,
     duration,
     faster,
-    faster_remedy,
     figure,
     float_layers,
     headline,
@@ -56,8 +55,6 @@ def summary(report: dict[str, Any]) -> Group:
     ]
     if verdict["ship"] == "no":
         lines.append(("next", escape(remedy(report))))
-    if hint := faster_remedy(report):
-        lines.append(("next", escape(hint)))
     reasons: dict[str, list[str]] = {}
     for unit in report["units"]:
         if unit["reason"] is not None:

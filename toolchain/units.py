@@ -66,7 +66,7 @@ def reconstruct(
         made = units.run(piece, floats)
         weights = learned_weights(piece, table, learnt)
         if weights and done < len(saved):
-            progress(f"resuming after {name}", done + 1, len(saved), float("nan"))
+            progress(f"resuming after {name}", done + 1, total, float("nan"))
             results.append(saved[done])
             table = table.updated(saved[done].changes)
             outputs = units.run(piece, quantized, table)

@@ -7,7 +7,6 @@ from typing import Any
 _MOST_BLOCKS = 8
 # From where a file is slower in earnest: times as long as the float model, and milliseconds that this takes. Below, runs on a busy machine
 # differ as much, and calling the operators takes longer than computing them.
-_SLOWER, _EARNEST = 1.2, 0.5
 
 
 def size(count: int) -> str:
@@ -156,16 +155,6 @@ def remedy(report: dict[str, Any]) -> str:
     if best is None or (config["preset"] == "best" and "iterations" not in config):
         return text
     return f"{text}; --preset best would reconstruct for about {duration(best)} here"
-
-
-def faster_remedy(report: dict[str, Any]) -> str:
-    """What to try where the integer kernels of ONNX Runtime are slower than its float ones; nothing where they are not, or were not run."""
-    v, config = report["validation"], report["config"]
-    latency = v["latency"]
-    is_slow = latency["float_ms"] >= _EARNEST and latency["quantized_ms"] > _SLOWER * latency["float_ms"]
-    is_by_kernels = v["integer_operators"] > 0 and not _is_mostly_stored(report["coverage"])
-    is_choice = config["target"] == "ort-cpu" and config["activation-bits"] < 32 and config["number-format"] == "int"
-    return f"-p w{config['weight-bits']}a32 is as small, and computes in float" if is_slow and is_by_kernels and is_choice else ""
 
 
 def _accuracy(v: dict[str, Any]) -> str:
