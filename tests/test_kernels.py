@@ -10,7 +10,7 @@ from onnx import numpy_helper
 
 from exporters import export_qdq
 from tests import zoo
-from toolchain import kernels
+from toolchain import kernels, runtime
 from toolchain.config import Config
 from toolchain.kernels import check_kernels
 from toolchain.pipeline import quantize
