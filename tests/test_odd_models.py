@@ -400,6 +400,24 @@ def test_an_input_with_a_default_becomes_a_constant_and_is_named(tmp_path: Path)
     assert not load_source(tmp_path / "all.onnx").notes  # that is how files were once written
 
 
+@pytest.mark.parametrize(("ir_version", "opset"), [(3, 9), (4, 11), (8, 17)])
+def test_half_precision_with_its_constants_listed_as_inputs(ir_version: int, opset: int, tmp_path: Path) -> None:
+    """As files were once written: what is float32 now is declared so, or the opset cannot be raised."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("MatMul", ["r", "v"], ["y"]),
+    ]
+    tensors = {"w": weight(8, 16).astype(np.float16), "v": weight(16, 4).astype(np.float16)}
+    model = made(nodes, [value("x", TensorProto.FLOAT16, "N", 8)], [value("y", TensorProto.FLOAT16, "N", 4)], tensors)
+    model.graph.input.extend(value(name, TensorProto.FLOAT16, *array.shape) for name, array in tensors.items())
+    model.ir_version, model.opset_import[0].version = ir_version, opset
+    onnx.save(model, tmp_path / "m.onnx")
+    source = load_source(tmp_path / "m.onnx")
+    assert [spec.name for spec in source.inputs] == ["x"]
+    assert {source.constants[name].dtype for name in tensors} == {np.dtype(np.float32)}
+
+
 def test_settings_that_leave_nothing_to_quantize(tmp_path: Path) -> None:
     model, samples = two_layers(), Samples({"x": VECTORS})
     onnx.save(model, tmp_path / "m.onnx")

@@ -20,6 +20,7 @@ from . import runtime
 from .equalization import evenable
 from .errors import UsageError
 from .graph import Node
+from .protos import metadata
 from .quant_table import Copy
 from .runtime import Optimization
 from .samples import Samples
@@ -357,9 +358,8 @@ def _with_float_activations(source: SourceModel, quantized: onnx.ModelProto) -> 
 
 def _settings(quantized: onnx.ModelProto) -> dict[str, Any]:
     """The configuration in a file's metadata."""
-    text = next((entry.value for entry in quantized.metadata_props if entry.key == "mrecg_onnx.config"), "")
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(metadata(quantized).get("mrecg_onnx.config", ""))
     except tomllib.TOMLDecodeError:
         return {}
 

@@ -26,6 +26,7 @@ from .graph import WEIGHT_INPUT, Node, channel_axis
 from .islands import find_islands
 from .placement import Placement, place
 from .progress import Progress
+from .protos import metadata
 from .quant_table import Copy, QuantSpec, TensorQuant, dequantize
 from .quant_table import quantize as encode
 from .rewrite_check import check_rewritten, worst_output
@@ -120,7 +121,7 @@ def equalize(source: SourceModel, samples: Samples, config: Config, progress: Pr
     check_own_precisions(source.graph, config.own_bits, placement.met)
     choices = choose(source, placement, find_groups(source, types, placement, config.scheme), samples, progress)
     model = equalized(source, choices)
-    helper.set_model_props(model, {entry.key: entry.value for entry in model.metadata_props} | {_MARK: config.label})
+    helper.set_model_props(model, metadata(model) | {_MARK: config.label})
     few = few_samples(source, samples, _COMPARED)
     agreement, output = worst_output(*(runtime.run(runtime.session(one), few.inputs) for one in (source.model, model)))
     if agreement < _LEAST and any(choice.changes for choice in choices):
@@ -133,7 +134,7 @@ def equalize(source: SourceModel, samples: Samples, config: Config, progress: Pr
 
 def evenable(source: SourceModel) -> tuple[str, ...]:
     """The weighted nodes that read what a normalization makes, in a model that has not been equalized."""
-    if any(entry.key == _MARK for entry in source.model.metadata_props):
+    if _MARK in metadata(source.model):
         return ()
     return tuple(
         node.name

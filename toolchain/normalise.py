@@ -106,8 +106,8 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     split_sums(model.graph)
     spread_biases(model.graph)
     give_own_biases(model.graph)
-    _order_initializers(model.graph)
     avoid_defects(model)
+    _order_initializers(model.graph)
     _name_nodes(model.graph)
     _open_batch(model)
     return model

@@ -61,6 +61,11 @@ def value_names(graph: onnx.GraphProto) -> set[str]:
     return given | {value for node in graph.node for value in node.output}
 
 
+def metadata(model: onnx.ModelProto) -> dict[str, str]:
+    """What a file says of itself, by key."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
 def defined(graph: onnx.GraphProto) -> Counter[str]:
     """How often each name stands for a value, in a graph and in those inside it: as an input, a constant or the result of a node."""
     found = Counter(value.name for value in (*graph.input, *graph.initializer))

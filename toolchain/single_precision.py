@@ -40,7 +40,11 @@ def in_float32(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]
     before, after, taken = [], [], set(defined(graph))
     inputs, constants = {value.name for value in graph.input}, {tensor.name: tensor for tensor in graph.initializer}
     for value in graph.input:
-        if value.type.tensor_type.elem_type in kinds and value.name not in constants:
+        if value.type.tensor_type.elem_type not in kinds:
+            continue
+        if value.name in constants:  # the default of an input, or a constant as old files list them
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+        else:
             single = free_name(value.name + _SUFFIX, taken)
             rename_values(graph, {value.name: single}, outputs=False)
             before.append(helper.make_node("Cast", [value.name], [single], f"{value.name}_Cast", to=TensorProto.FLOAT))

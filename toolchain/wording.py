@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 _MOST_BLOCKS = 8
-# From where a file is slower in earnest: times as long as the float model, and milliseconds that this takes. Below, runs on a busy machine
-# differ as much, and calling the operators takes longer than computing them.
 
 
 def size(count: int) -> str:

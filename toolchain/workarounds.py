@@ -25,8 +25,8 @@ def avoid_defects(model: onnx.ModelProto) -> None:
     if not with_axes:
         return
     spread = _Spread(model)
-    before = {id(node): spread.nodes(node) for node in with_axes}
-    replace_nodes(graph, [made for node in graph.node for made in (*before.get(id(node), ()), node)])
+    before = {node.output[0]: spread.nodes(node) for node in with_axes}
+    replace_nodes(graph, [made for node in graph.node for made in (*before.get(next(iter(node.output), ""), ()), node)])
 
 
 def _forget_no_padding(node: onnx.NodeProto) -> None:

@@ -303,9 +303,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row in rows:
         ms = row["milliseconds"]
-        figures = [f"{ms[name]:.1f}" for name in ("floor", "ours", "amp", "plain")]
+        figures = [f"{ms[name]:.1f}" if name in ms else "-" for name in ("floor", "ours", "amp", "plain")]
         ratios = "over_floor", "amp_over_floor", "single_over_floor", "speedup", "amp_speedup", "plain_over_floor"
-        figures += [f"{row[ratio]:.2f}" for ratio in ratios]
+        figures += [f"{row[ratio]:.2f}" if ratio in row else "-" for ratio in ratios]  # rows of before --amp have none of it
         lines.append(f"| {row['block']} | {row['batch']} | {' | '.join(figures)} |")
     return "\n".join(lines)
 

@@ -62,11 +62,11 @@ def _is_for_elsewhere(quantized_model: Path) -> bool:
     import onnx
     from google.protobuf.message import DecodeError
 
+    from ..protos import metadata
     from ..scheme import TARGETS
 
     try:
-        props = onnx.load(quantized_model, load_external_data=False).metadata_props
+        target = metadata(onnx.load(quantized_model, load_external_data=False)).get("mrecg_onnx.target", "")
     except DecodeError:  # ONNX Runtime says it better
         return False
-    target = next((entry.value for entry in props if entry.key == "mrecg_onnx.target"), "")
     return target in TARGETS and TARGETS[target].elsewhere
