@@ -339,12 +339,26 @@ def axes_and_windows() -> tuple[onnx.ModelProto, Arrays]:
     return model, {"x": RNG.normal(size=(16, 8, 9, 9)).astype(np.float32)}
 
 
+def windows_without_a_kernel() -> tuple[onnx.ModelProto, Arrays]:
+    """Averages that have no kernel on integers, sizes of some axes, and a crop that becomes a Pad of computed sizes."""
+    b = zoo.Builder({"x": ["N", 8, 12, 12]}, opset=19)
+    shape, sizes = b.constant("shape", np.array([13, 9])), b.constant("sizes", np.array([11, 13]))
+    y = b.op("CenterCropPad", b.conv("x", 8, 8, act="relu"), shape, axes=[-1, 2])
+    y = b.op("AveragePool", b.conv(y, 8, 8, act="relu"), kernel_shape=[2, 2], dilations=[2, 2])
+    y = b.op("Resize", b.conv(y, 8, 8, act="relu"), "", "", sizes, mode="nearest", axes=[3, 2])
+    windows = {"kernel_shape": [3, 3], "strides": [3, 3], "pads": [1, 1, 0, 0], "ceil_mode": 1, "count_include_pad": 1}
+    y = b.op("AveragePool", b.conv(y, 8, 8, act="relu"), **windows)
+    model = b.model(b.conv(y, 8, 4))
+    return model, {"x": RNG.normal(size=(16, 8, 12, 12)).astype(np.float32)}
+
+
 MODELS = {
     builder.__name__: builder
     for builder in (
         constant_outputs, class_maps, unequal_sequence, strings_in, strange_names, infinite_weight, sparse, stacked_weights, folded_windows,
         causal_mask, steps_first, one_sequence, one_image, one_vector, doubles, halves, inputs_handed_out, fixed_rows,
         even_attention, names_of_the_exporter, half_function, branches_with_one_name, axes_and_windows,
+        windows_without_a_kernel,
     )
 }  # fmt: skip
 EXACT = {"inputs_handed_out": {"same", "part"}, "half_function": {"x", "anchors"}}
