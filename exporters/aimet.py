@@ -19,6 +19,7 @@ from toolchain.errors import ExportError, UsageError
 from toolchain.quant_table import BIAS_BITS, Copy, QuantSpec, QuantTable, TensorQuant, quantize
 
 VERSION = "1.0.0"
+_OFF_GRID = 0.01  # steps from the nearest code; a float32 weight on its grid is off by rounding errors alone
 
 
 def to_aimet(table: QuantTable) -> dict[str, Any]:
@@ -120,6 +121,17 @@ def from_aimet(
     except ValueError as error:
         raise UsageError(f"{where}: {error}") from error
     return QuantTable(table)
+
+
+def off_grid(table: QuantTable, constants: Mapping[str, np.ndarray]) -> list[str]:
+    """The constants of a table that are not what their codes stand for: those of a model that was not rounded yet."""
+    found = []
+    for name, grid in table.tensors.items():
+        if grid.codes is not None:
+            scale, _ = grid.expanded(grid.codes.shape)
+            if (np.abs(constants[name] - grid.dequantized()) > _OFF_GRID * scale).any():
+                found.append(name)
+    return found
 
 
 def entries_of(data: Mapping[str, Any], where: str) -> frozenset[str]:

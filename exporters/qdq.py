@@ -209,10 +209,7 @@ class _Editor:
         if self._scheme.bias != "int32":
             biases = {name: grid for name, grid in table.items() if grid.spec.bits == BIAS_BITS}
             table = {name: grid for name, grid in table.items() if name not in biases}
-            if (
-                self._scheme.bias == "steps"
-            ):  # else they stay as they are in the model, though a table from another target has codes for them
-                self._new_constants += [numpy_helper.from_array(grid.dequantized(), name) for name, grid in biases.items()]
+            self._new_constants += [numpy_helper.from_array(grid.dequantized(), name) for name, grid in biases.items()]
         read = set(_reads(self._graph.node))
         float_ends = self._outputs - self._quantized_outputs - read  # of a table for a target that quantizes graph outputs
         table = {name: grid for name, grid in table.items() if name not in float_ends}

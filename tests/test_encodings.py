@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from exporters import aimet, export_qdq
 from tests import zoo
-from toolchain import runtime
+from toolchain import runtime, validation
 from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.encodings import Encodings, dumps, loads
@@ -182,6 +182,7 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     assert "activation symmetric: False -> True" in other.output
     assert other.exit_code == 9  # written all the same
     assert "but tensorrt refuses it: uint8 is read as int8" in other.output
+    assert "give --calibration-data here, or quantize with --target tensorrt instead" in other.output
     assert (tmp_path / "trt.onnx").exists()
     small = invoke("export", model, table, "--storage", "small", "-o", tmp_path / "small.onnx")
     assert small.exit_code == 0, small.output
@@ -192,6 +193,12 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     assert (outputs[0].argmax(1) == outputs[1].argmax(1)).mean() >= 0.75  # 8 samples; integer kernels round elsewhere
     pair = invoke("export", model, table, "--format", "aimet", "-o", tmp_path / "pair.onnx")
     assert pair.exit_code == 0, pair.output
+    assert "rounded to nearest" not in pair.output
+    unrounded = invoke("export", model, tmp_path / "pair.encodings", "-o", tmp_path / "unrounded.onnx")
+    assert "weights of" in unrounded.output
+    assert "rounded to nearest. Learned rounding is in the model that was written beside the encodings" in unrounded.output
+    assert unrounded.exit_code == 2  # it has no values for the layers that requantize theirs
+    assert "encodings go with the model that was written beside them" in unrounded.output
     imported = invoke("export", tmp_path / "pair.onnx", tmp_path / "pair.encodings", "--target", "qnn", "-o", tmp_path / "qnn.onnx")
     assert imported.exit_code == 9, imported.output
     assert "but qnn refuses it: it makes a graph output in float" in imported.output
@@ -202,6 +209,69 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     assert "was learned on another model" in refused.output
     assert invoke("export", model, table, "--target", "tensorflow", "-o", tmp_path / "no.onnx").exit_code == 2
     assert not (tmp_path / "no.onnx").exists()
+
+
+@pytest.fixture(scope="module")
+def learned_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model (net.onnx), its samples (calib.npz) and a table that was learned for ort-cpu (net.json)."""
+    folder = tmp_path_factory.mktemp("learned")
+    onnx.save(zoo.every_rule(), folder / "net.onnx")
+    np.savez(folder / "calib.npz", **zoo.images(16).inputs)  # pyright: ignore[reportArgumentType]
+    given = ["--calibration-data", folder / "calib.npz", "--encodings", folder / "net.json", "-p", "w4a8", "--iterations", "20", "-q"]
+    done = invoke("quantize", folder / "net.onnx", *given, "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_table_for_another_target_is_calibrated_where_it_must_be(target: str, learned_table: Path, tmp_path: Path) -> None:
+    """Every target takes the file; what rounding and biases learned is in it, as far as the target has such weights."""
+    model, table, output = learned_table / "net.onnx", learned_table / "net.json", tmp_path / "made.onnx"
+    done = invoke("export", model, table, "--target", target, "--calibration-data", learned_table / "calib.npz", "-o", output)
+    assert done.exit_code == 0, done.output
+    assert "instead" not in done.output
+    before, after = loads(table.read_text(), "").table, constants_of(output)
+    kept = 0
+    for name, grid in before.tensors.items():
+        codes = after.get(f"{name}_quantized")
+        if grid.codes is not None and grid.spec.bits < 32 and codes is not None:
+            kept += np.array_equal(codes, grid.codes)
+    weights = sum(grid.codes is not None and grid.spec.bits < 32 for grid in before.tensors.values())
+    if target != "qnn":  # which has one scale for the weights of a Gemm
+        assert kept == weights, done.output
+    assert f"kept of the table: {kept} of" in done.output
+    floats, made = (next(iter(runtime.run(runtime.session(path), zoo.images(16).inputs).values())) for path in (model, output))
+    assert validation.sqnr(floats, made) > 12  # 4-bit weights; a bias or step of another table leaves 0 to 5 dB
+
+
+def test_a_table_for_its_own_target_stays(learned_table: Path, tmp_path: Path) -> None:
+    again, made = tmp_path / "again.onnx", tmp_path / "made.onnx"
+    model, table = learned_table / "net.onnx", learned_table / "net.json"
+    assert invoke("export", model, table, "-o", again).exit_code == 0
+    done = invoke("export", model, table, "--calibration-data", learned_table / "calib.npz", "-o", made)
+    assert done.exit_code == 0, done.output
+    ours, theirs = constants_of(made), constants_of(again)
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        np.testing.assert_array_equal(ours[name], array, name)
+
+
+def test_samples_are_refused_where_nothing_says_how_a_table_was_made(learned_table: Path, tmp_path: Path) -> None:
+    facts = json.loads((learned_table / "net.json").read_text())
+    del facts["config"]  # as earlier versions wrote it
+    (tmp_path / "old.json").write_text(json.dumps(facts))
+    given = ["--calibration-data", learned_table / "calib.npz", "-o", tmp_path / "no.onnx"]
+    done = invoke("export", learned_table / "net.onnx", tmp_path / "old.json", "--target", "qnn", *given)
+    assert done.exit_code == 2
+    assert "does not say with which settings it was learned" in done.output
+    wide = invoke("export", learned_table / "net.onnx", learned_table / "net.json", "--image-size", "8", "-o", tmp_path / "no.onnx")
+    assert wide.exit_code == 2
+    assert "add --calibration-data" in wide.output
+    assert not (tmp_path / "no.onnx").exists()
+
+
+def constants_of(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
 
 def test_float_biases_come_back_for_targets_that_want_them(tmp_path: Path) -> None:

@@ -17,11 +17,18 @@ from .errors import UsageError, near_misses
 def load_config(path: Path) -> dict[str, Any]:
     """Read the keys of a TOML file, as keyword arguments of `Config` and `DataConfig`."""
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read: {error}") from error
+    return settings_in(text, f"--config {path}")
+
+
+def settings_in(text: str, where: str) -> dict[str, Any]:
+    """What TOML text has, as keyword arguments of `Config` and `DataConfig`; `where` names it in messages."""
+    try:
+        data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {path}: is not TOML: {error}") from error
+        raise UsageError(f"{where}: is not TOML: {error}") from error
     hints = get_type_hints(Config) | get_type_hints(DataConfig)
     values: dict[str, Any] = {}
     for key, value in data.items():
@@ -30,9 +37,7 @@ def load_config(path: Path) -> dict[str, Any]:
             values |= parse_precision(value)
             continue
         if name not in hints:
-            raise UsageError(
-                f"--config {path}: unknown key {key!r}{near_misses(key.replace('_', '-'), [n.replace('_', '-') for n in hints])}"
-            )
+            raise UsageError(f"{where}: unknown key {key!r}{near_misses(key.replace('_', '-'), [n.replace('_', '-') for n in hints])}")
         values[name] = _typed(key, value, hints[name])
     return values
 

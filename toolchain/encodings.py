@@ -20,12 +20,16 @@ FORMAT, VERSION = "mrecg-onnx encodings", 1
 
 @dataclass(frozen=True)
 class Encodings:
-    """A table, and what it was made for: the float model's SHA-256, the target's name, and the precision in words."""
+    """A table, and what it was made for: the float model's SHA-256, the target's name, and the precision in words.
+
+    `config` has the settings that it was made with, as TOML; nothing in files of versions before these were kept.
+    """
 
     table: QuantTable
     source_sha256: str
     target: str
     precision: str
+    config: str = ""
 
 
 def dumps(encodings: Encodings) -> str:
@@ -36,6 +40,7 @@ def dumps(encodings: Encodings) -> str:
         "source_sha256": encodings.source_sha256,
         "target": encodings.target,
         "precision": encodings.precision,
+        "config": encodings.config,
     }
     lines = [json.dumps({"name": name, **_row(grid)}) for name, grid in encodings.table.tensors.items()]
     return json.dumps(head, indent=1)[:-2] + ',\n "tensors": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
@@ -52,7 +57,7 @@ def loads(text: str, where: str) -> Encodings:
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise ValueError(f"format {data['format']!r}, version {data['version']!r}; this program reads {FORMAT!r}, version {VERSION}")
         table = QuantTable({row["name"]: _grid(row) for row in data["tensors"]})
-        return Encodings(table, str(data["source_sha256"]), str(data["target"]), str(data["precision"]))
+        return Encodings(table, str(data["source_sha256"]), str(data["target"]), str(data["precision"]), str(data.get("config", "")))
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
         raise UsageError(f"{where}: is not a table of encodings ({reason}); `quantize --encodings` writes one") from error

@@ -13,7 +13,7 @@ from ..option import flag
 EXIT_CODES = """\b
 Exit codes: 0 done, 2 usage, 3 unsupported model, 4 bad data, 5 failed export or parity,
 6 accuracy drop above --max-drop (the model is written), 7 broken installation, 8 run folder cannot be written (full disk),
-9 rules of a target broken (`check`), 10 another process of a torchrun is gone,
+9 rules of a target broken (`check`, `export`), 10 another process of a torchrun is gone,
 11 too little memory on the device, 130 interrupted, 143 terminated."""
 
 _SECTIONS = {

@@ -205,7 +205,8 @@ def _quantize(
     run.begin_export()
     write_model(exported, output)
     if mode.encodings is not None:
-        learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention)
+        made = _metadata(source, config, data)["config"]
+        learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention, made)
         write_text(encodings.dumps(learned), mode.encodings)
     checked = _validated(model, output, source, quantized, exported, evaluation, config)
     limit = {True: None, False: 0.0, None: _SENSITIVITY_SHARE * (time.perf_counter() - started)}[mode.sensitivity]
