@@ -12,7 +12,7 @@ from exporters import export_qdq
 from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
-from toolchain.config_file import dump_config
+from toolchain.config_file import dump_config, resolved
 from toolchain.data_config import DataConfig
 from toolchain.diagnosis import Diagnosis, LayerError, diagnose
 from toolchain.errors import UsageError
@@ -23,6 +23,7 @@ from toolchain.samples import Samples
 from toolchain.source import SourceModel
 from toolchain.suggestions import suggestions
 from toolchain.validation import sqnr
+from toolchain.wider import gains_of_wider, wider
 
 SAMPLES = zoo.images(16)
 
@@ -119,20 +120,23 @@ def test_outputs_without_noise_gain_nothing() -> None:
 def test_suggestions_are_flags_with_their_reasons() -> None:
     """Each follows from what was measured and from how the file was made."""
     coarse = [layer("a", input=10.0), layer("b", input=12.0)]
-    (text,) = suggestions(diagnosis(*coarse))
-    assert text.startswith("-p w4a8: 89 % of the rounding noise")
-    assert "gains 2.0 dB when all activations are float" in text
-    (text,) = suggestions(diagnosis(*coarse, settings={"weight-bits": 8, "activation-bits": 8}, float_activations=9.0))
+    (text,) = suggestions(diagnosis(*coarse), {"w8a4": 4.2, "w4a8": 3.9})  # learning makes up for the rounding of weights
+    assert text == "-p w4a8: with all rounded to nearest the output gains 3.9 dB by it, 4.2 dB with w8a4"
+    _, text = suggestions(diagnosis(*coarse, settings={"algorithm": "mse"}), {"w8a4": 4.2, "w4a8": 3.9})
+    assert text.startswith("-p w8a4: with all rounded to nearest the output gains 4.2 dB by it")
+    (text,) = suggestions(diagnosis(*coarse, settings={"weight-bits": 8, "activation-bits": 8}), {"w8a16": 2.0})
     assert text.startswith("-p w8a16")
     assert "compute in float" in text
-    assert "gains" not in text  # learned weights make up for the rounding of activations: nothing is gained without it
+    assert suggestions(diagnosis(*coarse), {"w8a4": 0.4, "w4a8": -0.9}) == []
     first, *_ = suggestions(diagnosis(*coarse, settings={"algorithm": "mse"}))
     assert first.startswith("--algorithm qdrop: the weights were rounded to nearest (mse)")
     assert suggestions(diagnosis(*coarse, settings={"iterations": 60}))[-1].startswith("--preset default, or best")
-    adding = [layer("a/b (c)", share=0.3, gain=0.1), layer("d", share=0.2, gain=-0.4), layer("e", gain=0.9)]
+    narrow = {"weight_bits": 4, "input_bits": 4}
+    adding = [layer("a/b (c)", share=0.3, gain=0.1, **narrow), layer("d", share=0.2, gain=-0.4, **narrow), layer("e", gain=0.9, **narrow)]
     most, alone = suggestions(diagnosis(*adding, together=(("a/b (c)", "d"), 0.7)))
     assert most.startswith("--bits 'a/b (c)=w8a8' --bits d=w8a8: of 3 layers these add 50 % of all noise; the output gains 0.7 dB")
     assert alone.startswith("--bits e=w8a8: the output gains 0.9 dB when this layer alone is float")
+    adding = [replace(row, weight_bits=7, input_bits=8) for row in adding]  # as the first and last layers have them
     eight = {"weight-bits": 8, "activation-bits": 8}
     most, alone = suggestions(diagnosis(*adding, together=(("a/b (c)", "d"), 0.7), settings=eight))
     assert most.startswith("--keep-float 'a/b (c)': it adds 30 % of all noise, most of it by its input")
@@ -152,6 +156,30 @@ def test_a_file_says_how_it_was_made(case: tuple[SourceModel, QuantTable, Diagno
     assert found.settings == {}
     text = dump_config(Config(algorithm="mse"), DataConfig())
     assert diagnose(source, export_qdq(source.model, table, {"config": text}), SAMPLES, tried=0).settings["algorithm"] == "mse"
+
+
+def test_more_bits_are_measured_before_they_are_suggested(tmp_path: Path) -> None:
+    source = zoo.loaded(zoo.tiny_resnet(), tmp_path)
+    config = Config(device="cpu", weight_bits=2, activation_bits=4, iterations=3)
+    gains = gains_of_wider(source, resolved(config, DataConfig()), zoo.images(64))
+    assert list(gains) == ["w4a4", "w2a8"]
+    assert gains["w4a4"] > 3  # two bits are 12 dB of a weight that makes most of the noise
+    assert gains["w2a8"] < gains["w4a4"]
+    assert gains_of_wider(source, {}, zoo.images(64)) == {}
+    assert gains_of_wider(source, resolved(config, DataConfig()), zoo.images(15)) == {}
+    assert [one.label for one in wider(Config(weight_bits=8, activation_bits=8))] == ["w8a16"]
+    assert wider(Config(weight_bits=8, activation_bits=8, target="tensorrt")) == ()  # it has no 16-bit integers
+
+
+def test_bits_are_read_from_the_codes(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
+    source, table, found = case
+    for row in found.layers:
+        node = next(node for node in source.graph.weighted if node.name == row.node)
+        weight = source.graph.weight(node)
+        assert weight is not None
+        assert row.weight_bits == (table[weight].spec.bits if node is not source.graph.weighted[1] else 3)  # its grid is 4 times as coarse
+        assert row.input_bits == table[node.inputs[0]].spec.bits
+        assert row.has_room == (row.input_bits == 4)
 
 
 def test_parts_of_the_added_error(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
@@ -220,7 +248,7 @@ def test_values_beyond_the_ranges_ask_for_samples_not_bits() -> None:
     assert text.startswith("calibration samples that cover such as these: values beyond the calibrated ranges make 99 % of the noise")
     assert "most at a (0.1 % of its input)" in text
     near = [layer("a", input=20.0, weight=40.0, clipped=0.001, clip_noise=0.3), layer("b", input=20.0, weight=40.0)]
-    (text,) = suggestions(diagnosis(*near, settings=settings))
+    (text,) = suggestions(diagnosis(*near, settings=settings), {"w8a16": 3.0})
     assert text.startswith("-p w8a16")
 
 

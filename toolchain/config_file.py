@@ -26,9 +26,13 @@ def load_config(path: Path) -> dict[str, Any]:
 def settings_in(text: str, where: str) -> dict[str, Any]:
     """What TOML text has, as keyword arguments of `Config` and `DataConfig`; `where` names it in messages."""
     try:
-        data = tomllib.loads(text)
+        return settings_of(tomllib.loads(text), where)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where}: is not TOML: {error}") from error
+
+
+def settings_of(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Keys and values of a configuration file as keyword arguments; `where` names it in messages."""
     hints = get_type_hints(Config) | get_type_hints(DataConfig)
     values: dict[str, Any] = {}
     for key, value in data.items():

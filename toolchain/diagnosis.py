@@ -8,7 +8,7 @@ with all activations, tell which of the two make the noise.
 """
 
 import tomllib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from . import runtime
 from .equalization import evenable
 from .errors import UsageError
 from .graph import Node
+from .progress import Progress
 from .protos import metadata
 from .quant_table import Copy
 from .runtime import Optimization
@@ -46,6 +47,7 @@ class LayerError:
         input: of the layer's input on its grid alone; None where it has none.
         clipped: share of the input beyond its grid, 0 to 1.
         clip_noise: share of the noise of the input on its grid that those values make, 0 to 1.
+        weight_bits, input_bits: how many bits the codes take that the weight has, and that the input can have; None where there are none.
         gain: what the worst output gains, in dB, when this layer alone is float; None where it was not tried.
     """
 
@@ -59,7 +61,14 @@ class LayerError:
     input: float | None
     clipped: float
     clip_noise: float
+    weight_bits: int | None = None
+    input_bits: int | None = None
     gain: float | None = None
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it has fewer bits than integer kernels take; weights of a reduced range have 7."""
+        return (self.weight_bits or 8) < 7 or (self.input_bits or 8) < 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,8 @@ class Diagnosis:
         outputs: signal to noise of each graph output.
         float_weights, float_activations: of the worst output when all weights and biases, or all activations, are float.
         layers: those that add most first.
-        together: the layers that add most, and what the output gains when all of them are float.
+        together: the layers that add most, of those with room for more bits where there are any, and what the output gains when all of
+            them are float.
         settings: those that the file was made with, as its metadata has them; empty where there are none.
         evenable: the layers whose inputs `equalize` could even out.
     """
@@ -106,7 +116,7 @@ def diagnose(
     quantized: onnx.ModelProto,
     samples: Samples,
     tried: int = 8,
-    progress: Callable[[int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> Diagnosis:
     """Compare a file that `quantize` wrote with its float model.
 
@@ -115,7 +125,7 @@ def diagnose(
         quantized: the file.
         samples: all are used, and every compared value is held for all of them.
         tried: how many of the layers that add most are run float one at a time.
-        progress: called with (layers tried, layers to try).
+        progress: called as the work proceeds.
 
     Raises:
         UsageError: the file has no quantizers named as `quantize` names them, or was made from another model.
@@ -148,8 +158,8 @@ def diagnose(
 
     for position, layer in enumerate(layers[:tried]):
         layers[position] = replace(layer, gain=gain_of([layer.node]))
-        progress(position + 1, min(tried, len(layers)))
-    names = tuple(layer.node for layer in layers[:_MOST_TOGETHER])
+        progress("trying layers in float", position + 1, min(tried, len(layers)), float("nan"))
+    names = tuple(layer.node for layer in ([layer for layer in layers if layer.has_room] or layers)[:_MOST_TOGETHER])
     return Diagnosis(
         samples.count,
         finals,
@@ -259,6 +269,7 @@ def _layers(
     weights = [name for node in graph.weighted if (name := graph.weight(node)) is not None and name in made]
     dequantized = _dequantized(quantized, weights)
     fitted = {name: _on_grid(quantized, node, floats[name]) for name, node in quantizers.items()}
+    codes = _codes(quantized)
     rows = []
     for node in graph.weighted:
         value = _measured_at(source, node, added)
@@ -266,12 +277,25 @@ def _layers(
         if value is None or weight is None:
             continue
         own = sqnr(source.constants[weight], dequantized[weight]) if weight in dequantized else None
-        rows.append((node, value, own, *fitted.get(node.inputs[0], (None, 0.0, 0.0))))
+        rows.append((node, value, own, fitted.get(node.inputs[0], _Fit()), codes.get(f"{weight}_DequantizeLinear")))
     noise = {value: 10 ** (-added[value] / 10) for _, value, *_ in rows}
     whole = sum(noise.values()) or 1.0
     layers = [
-        LayerError(node.name, node.op_type, value, added[value], total[value], noise[value] / whole, own, operand, clipped, clip_noise)
-        for node, value, own, operand, clipped, clip_noise in rows
+        LayerError(
+            node.name,
+            node.op_type,
+            value,
+            added[value],
+            total[value],
+            noise[value] / whole,
+            own,
+            fit.ratio,
+            fit.clipped,
+            fit.clip_noise,
+            _bits(codes) if codes is not None else None,
+            fit.bits,
+        )
+        for node, value, own, fit, codes in rows
     ]
     return sorted(layers, key=lambda layer: (layer.added, layer.node))
 
@@ -309,11 +333,32 @@ def _measured_at(source: SourceModel, node: Node, added: Container[str]) -> str 
     return value
 
 
-def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.ndarray) -> tuple[float, float, float]:
-    """Signal to noise of values on their grid alone, the share that it clips, and the share of the noise that is theirs.
+def _codes(quantized: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """The ends of the codes of constants, by the names of the nodes that dequantize them."""
+    tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    pairs = [node for node in quantized.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in tensors]
+    arrays = {node.name: numpy_helper.to_array(tensors[node.input[0]]) for node in pairs}
+    return {name: np.array([array.min(), array.max()]) for name, array in arrays.items() if array.size and array.dtype.kind in "iu"}
 
-    Bounds that stand for a Relu or Clip clip nothing.
-    """
+
+def _bits(ends: np.ndarray) -> int:
+    """The bits of a signed grid, or of an unsigned one, that holds codes between two ends."""
+    low, high = map(int, ends)
+    return max((-low - 1).bit_length() + 1 if low < 0 else 0, high.bit_length() + (low < 0))
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Values on a grid: signal to noise in dB, the share that is clipped, the share of the noise that is theirs, and the grid's bits."""
+
+    ratio: float | None = None
+    clipped: float = 0.0
+    clip_noise: float = 0.0
+    bits: int | None = None
+
+
+def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.ndarray) -> _Fit:
+    """How values sit on their grid; bounds that stand for a Relu or Clip clip nothing."""
     constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
     scale, zero_point = (numpy_helper.to_array(constants[name]) for name in quantizer.input[1:3])
     name = quantizer.name.removesuffix("_QuantizeLinear")
@@ -328,7 +373,12 @@ def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.n
     clipped = np.clip(codes, low, high) if low is not None and high is not None else codes
     back = (clipped - zero_point.astype(np.float32)) * scale
     noise = np.square((values - back).astype(np.float64))
-    return sqnr(values, back), float((codes != clipped).mean()), float(noise[codes != clipped].sum() / max(noise.sum(), 1e-300))
+    return _Fit(
+        sqnr(values, back),
+        float((codes != clipped).mean()),
+        float(noise[codes != clipped].sum() / max(noise.sum(), 1e-300)),
+        int(high - low).bit_length() if low is not None and high is not None else None,
+    )
 
 
 def _with_float_weights(source: SourceModel, quantized: onnx.ModelProto) -> onnx.ModelProto:

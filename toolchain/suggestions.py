@@ -1,7 +1,8 @@
 """Which flags to try next on a file that was diagnosed: each with the reason, and what was measured for it."""
 
 import shlex
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from .config import PAPER_ITERATIONS, PRESETS
 from .diagnosis import Diagnosis, LayerError
@@ -11,21 +12,22 @@ _WORTH_IT = 0.5  # dB of the output that a suggestion must gain
 _CLIPPED = 0.02  # share of an activation beyond its grid from which its range is questioned; ranges of least error clip some on purpose
 _UNCOVERED = 0.75  # share of the noise from which values beyond the ranges are the matter: ranges of least error at few bits stay below
 _DOMINANT = 0.25  # share of all added noise from which one layer counts as the culprit
-_NEXT_BITS = {2: 4, 3: 4, 4: 8, 5: 8, 6: 8, 7: 8, 8: 16}
 _MOST_OF_IT = 3.0  # dB that the output gains without something that makes half of its noise
-_APART = 2.0  # times the noise of the other from which weights or activations make it
+_LEARNED_BACK = 1.0  # dB that learning makes up of what wider weights gain with rounding to nearest, at the least
 _TO_NEAREST = ("minmax", "mse", "aciq", "lapq")
 
 
-def suggestions(found: Diagnosis) -> list[str]:
+def suggestions(found: Diagnosis, wider: Mapping[str, float] = MappingProxyType({})) -> list[str]:
     """What to try, most promising first; a figure in dB is a gain of the worst output that was measured on this file as it is.
+
+    `wider` is what more bits gain with rounding to nearest, by the precision.
 
     Learning makes up for what is quantized elsewhere, so that the gain of a new run may be larger, and that of a layer alone smaller.
     """
     texts = [
         *_learning(found),
         *_narrow_weights(found),
-        *(_uncovered(found) or [*_uneven_channels(found), *_bits_of_all(found)]),
+        *(_uncovered(found) or [*_uneven_channels(found), *_bits_of_all(found, wider)]),
         *_single_layers(found),
         *_ranges(found),
     ]
@@ -42,32 +44,24 @@ def _learning(found: Diagnosis) -> list[str]:
     return [f"--algorithm qdrop: the weights were rounded to nearest ({algorithm}); learned rounding, steps and biases cost time only"]
 
 
-def _bits_of_all(found: Diagnosis) -> list[str]:
-    """Whether weights or activations are rounded more coarsely, and the next bits for those that are.
+def _bits_of_all(found: Diagnosis, wider: Mapping[str, float]) -> list[str]:
+    """The next bits of weights or of activations, whichever gains more when all is rounded to nearest.
 
-    What each grid makes of the values within it counts, not what the output gains when the others are float: in a file that was learned,
-    weights and biases make up for the rounding of activations, and the output gets worse without it.
+    Learning makes up for more of the weights' rounding than of the activations'.
     """
-    noise = {
-        "weight": sum(_power(layer.weight) for layer in found.layers),
-        "activation": sum(_power(layer.input) * (1 - layer.clip_noise) for layer in found.layers),
-    }
-    kind, other = sorted(noise, key=lambda name: -noise[name])
-    if noise[kind] < _APART * noise[other] or noise[kind] == 0:
+    gains = {label: gain for label, gain in wider.items() if gain >= _WORTH_IT}
+    if not gains:
         return []
-    share = noise[kind] / sum(noise.values())
-    part = f"{100 * share:.0f} %" if share < 0.99 else "nearly all"
-    said = f"{part} of the rounding noise of the layers' weights and inputs is that of the {'weights' if kind == 'weight' else 'inputs'}"
-    gain = found.gain_of_float_weights if kind == "weight" else found.gain_of_float_activations
-    if gain >= _WORTH_IT:
-        said += f"; the output gains {gain:.1f} dB when all {kind}s are float"
-    bits: dict[str, Any] = {name: found.settings.get(f"{name}-bits") for name in noise}
-    more = _NEXT_BITS.get(bits[kind])
-    if more is None or (kind == "weight" and more > 8):
-        return [] if kind == "weight" and more is not None else [f"more bits for {kind}s: {said}"]
-    wider = bits | {kind: more}
-    cost = "; layers with 16-bit inputs compute in float in ONNX Runtime" if more == 16 else ""
-    return [f"-p w{wider['weight']}a{wider['activation']}: {said}{cost}"]
+    learned = found.settings.get("algorithm") not in _TO_NEAREST
+    held_back = {label: gain - (_LEARNED_BACK if learned and _has_more_weight(found, label) else 0.0) for label, gain in gains.items()}
+    best = max(held_back, key=lambda label: held_back[label])
+    others = "".join(f", {gain:.1f} dB with {label}" for label, gain in wider.items() if label != best)
+    cost = "; layers with 16-bit inputs compute in float in ONNX Runtime" if best.endswith("a16") else ""
+    return [f"-p {best}: with all rounded to nearest the output gains {gains[best]:.1f} dB by it{others}{cost}"]
+
+
+def _has_more_weight(found: Diagnosis, label: str) -> bool:
+    return not label.startswith(f"w{found.settings.get('weight-bits')}a")
 
 
 def _narrow_weights(found: Diagnosis) -> list[str]:
@@ -98,14 +92,14 @@ def _uneven_channels(found: Diagnosis) -> list[str]:
 
 def _single_layers(found: Diagnosis) -> list[str]:
     """Bits, or float, for the layers that add most noise, and for those whose gain by it was measured."""
-    has_room = any(isinstance(bits := found.settings.get(f"{kind}-bits"), int) and bits < 8 for kind in ("weight", "activation"))
+    roomy = {layer.node for layer in found.layers if layer.has_room}
 
     def flag(node: str) -> str:
-        return f"--bits {shlex.quote(f'{node}=w8a8')}" if has_room else f"--keep-float {shlex.quote(node)}"
+        return f"--bits {shlex.quote(f'{node}=w8a8')}" if node in roomy else f"--keep-float {shlex.quote(node)}"
 
     texts = []
     names, together = found.together
-    if has_room and names:
+    if names and roomy.issuperset(names):
         share = sum(layer.share for layer in found.layers if layer.node in names)
         measured = f"; the output gains {together:.1f} dB when they are float" if together >= _WORTH_IT else ""
         texts.append(f"{' '.join(map(flag, names))}: of {len(found.layers)} layers these add {100 * share:.0f} % of all noise{measured}")

@@ -25,7 +25,9 @@ _MOST_LAYERS = 15  # in the table
 @click.option(
     "--samples", type=int, default=16, show_default=True, help="Most samples to use; every compared value is held for all of them."
 )
-@click.option("--try", "tried", type=int, default=8, show_default=True, help="Layers to run float one at a time, worst first.")
+@click.option(
+    "--try", "tried", type=int, default=8, show_default=True, help="Layers to run float one at a time, worst first; 0: try nothing."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("-v", "--verbose", is_flag=True, help="Show all layers, and tracebacks.")
 @config_options(DataConfig, only="images")
@@ -54,25 +56,22 @@ def diagnose_command(
         from ..diagnosis import diagnose
         from ..source import load_source
         from ..suggestions import suggestions
+        from ..wider import SAMPLES, gains_of_wider
 
         data = DataConfig(**given(options))
         source = load_source(float_model)
-        found = samples_at(place, source, data, "--data", samples).first(samples)
+        found = samples_at(place, source, data, "--data", max(samples, 2 * SAMPLES))
         shown = Shown(as_json, verbose)
         with terminal.progress_on(shown.log) as progress:
-            result = diagnose(
-                source,
-                onnx.load(quantized_model),
-                found,
-                tried,
-                lambda done, total: progress("trying layers in float", done, total, float("nan")),
-            )
+            result = diagnose(source, onnx.load(quantized_model), found.first(samples), tried, progress)
+            wider = gains_of_wider(source, result.settings, found, progress) if tried else {}
         facts = report.finite(
             {
                 "float": str(float_model),
                 "quantized": str(quantized_model),
                 **dataclasses.asdict(result),
-                "suggestions": suggestions(result),
+                "wider": wider,
+                "suggestions": suggestions(result, wider),
             }
         )
         if as_json:
