@@ -141,10 +141,11 @@ def test_suggestions_are_flags_with_their_reasons() -> None:
     most, alone = suggestions(diagnosis(*adding, together=(("a/b (c)", "d"), 0.7), settings=eight))
     assert most.startswith("--keep-float 'a/b (c)': it adds 30 % of all noise, most of it by its input")
     assert alone.startswith("--keep-float e: the output gains 0.9 dB")
-    (text,) = suggestions(diagnosis(layer("a"), settings=eight, float_weights=13.7))
+    (text,) = suggestions(diagnosis(layer("a"), settings=eight | {"target": "openvino"}, float_weights=13.7))
     assert text.startswith("--no-reduce-range: weights that meet 8-bit activations have 7 bits")
     assert text.endswith("gains 3.7 dB when all weights are float")
-    for other in ({"target": "tensorrt"}, {"reduce-range": False}, {"activation-bits": 4}):  # all of these have 8 bits already
+    others: list[dict[str, Any]] = [{"target": "tensorrt"}, {"target": "openvino", "reduce-range": False}, {"activation-bits": 4}, {}]
+    for other in others:  # all of these have 8 bits already
         assert suggestions(diagnosis(layer("a"), settings=eight | other, float_weights=13.7)) == []
     (text,) = suggestions(diagnosis(layer("f", clipped=0.05)))
     assert "5.0 % of the input of f lies beyond its grid" in text

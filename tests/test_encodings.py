@@ -236,9 +236,10 @@ def test_a_table_for_another_target_is_calibrated_where_it_must_be(target: str, 
         codes = after.get(f"{name}_quantized")
         if grid.codes is not None and grid.spec.bits < 32 and codes is not None:
             kept += np.array_equal(codes, grid.codes)
-    weights = sum(grid.codes is not None and grid.spec.bits < 32 for grid in before.tensors.values())
+    most = 7 if target in ("openvino", "portable") else 8  # bits of weights beside 8-bit activations
+    weights = sum(grid.codes is not None and grid.spec.bits <= most for grid in before.tensors.values())
     if target != "qnn":  # which has one scale for the weights of a Gemm
-        assert kept == weights, done.output
+        assert kept == weights > 3, done.output
     assert f"kept of the table: {kept} of" in done.output
     floats, made = (next(iter(runtime.run(runtime.session(path), zoo.images(16).inputs).values())) for path in (model, output))
     assert validation.sqnr(floats, made) > 12  # 4-bit weights; a bias or step of another table leaves 0 to 5 dB

@@ -45,8 +45,8 @@ class Config:
     )
     reduce_range: bool | None = option(
         None,
-        "Weights of 7 bits where weights and activations would both have 8: exact on x86 CPUs without VNNI too, which saturate otherwise. "
-        "Default: the target's.",
+        "Where weights and activations both have 8 bits, steps of weights on which products do not saturate on x86 CPUs without VNNI "
+        "(weights of 7 bits for openvino and portable). Default: the target's.",
         "precision",
     )
     number_format: str = option(
@@ -249,6 +249,7 @@ class Config:
             self.elementwise_bits,
             first_last,
             reduce_range,
+            self.scheme.pairs and self.scheme.weight_symmetric,
             self.block_size,
             self.requantize,
             float8=self.number_format == "fp8",

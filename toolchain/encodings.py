@@ -65,8 +65,8 @@ def loads(text: str, where: str) -> Encodings:
 
 def spec_of(values: Mapping[str, Any]) -> QuantSpec:
     """A spec from JSON, which knows no tuples."""
-    span = values.get("span")
-    return QuantSpec(**{**values, "span": tuple(span) if span is not None else None})
+    pairs = {name: tuple(values[name]) for name in ("span", "summed") if values.get(name) is not None}
+    return QuantSpec(**{**values, **pairs})
 
 
 def copy_of(row: Mapping[str, Any]) -> Copy | None:

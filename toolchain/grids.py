@@ -20,6 +20,7 @@ from .quant_table import BIAS_BITS, QuantSpec, QuantTable, TensorQuant
 from .quant_table import quantize as encode
 from .range_choice import RangeChoice, RangeMethod, choose_ranges
 from .samples import Samples
+from .saturation import fitted, settled
 from .scheme import Scheme
 from .source import SourceModel
 
@@ -136,6 +137,7 @@ def grids_of(source: SourceModel, placement: Placement, seen: Mapping[str, Histo
         table[bias.weight] = fit_bias(table[bias.weight], source.constants[name], table[bias.input].scale)
     for name in placement.weights:
         weight = source.constants[name]
+        table[name] = fitted(weight, table[name])
         table[name] = how.finish(weight, replace(table[name], codes=encode(weight, table[name])))
     return QuantTable(table | stored_grids(source, placement, how))
 
@@ -183,7 +185,12 @@ def biases_of(placement: Placement, block: Block) -> dict[str, Bias]:
 def with_biases(
     source: SourceModel, placement: Placement, block: Block, table: QuantTable, learned: Mapping[str, np.ndarray] = MappingProxyType({})
 ) -> QuantTable:
-    """Add the int32 codes of a block's biases (the float ones, or what was learned), whose scales follow from inputs' and weights'."""
+    """Add the int32 codes of a block's biases (the float ones, or what was learned), whose scales follow from inputs' and weights'.
+
+    Codes of weights are brought to what does not saturate, where learning moved them.
+    """
+    weights = {name for node in block.nodes if (name := source.graph.weight(node)) is not None and name in table}
+    table = table.updated({name: settled(table[name]) for name in weights})
     return table.updated(
         {
             name: calibrate_bias(learned.get(name, source.constants[name]), table[bias.weight], table[bias.input].scale, BIAS_BITS)

@@ -27,6 +27,7 @@ from .float_reasons import ON_REQUEST, UNSOUND, FloatRow, float_bias_reason, flo
 from .flow import Flow, edges, integer_nodes, is_quantized_result
 from .graph import WEIGHT_INPUT, Graph, Node
 from .quant_table import Copy, QuantSpec, activation_spec, float8_spec, weight_spec
+from .saturation import summed_axes
 from .scheme import FLOAT_BITS, KNOWN_RANGES, Precision, Scheme
 from .scores import Scores, scores_of
 from .source import SourceModel, ValueTypes
@@ -368,14 +369,22 @@ def _weight_spec(source: SourceModel, node: Node, scheme: Scheme, precision: Pre
             return weight_spec(bits, summed, scheme.weight_symmetric, block)
     # ONNX Runtime's integer product of a stack of matrices takes one zero point for all of them, and fails on one for each channel.
     is_stack = node.op_type == "MatMul" and source.constants[node.inputs[1]].ndim > 2 and precision.operand(edge) < FLOAT_BITS
-    axis = source.channel_axis(node) if node.op_type in scheme.per_channel and not is_stack else None
-    return weight_spec(bits, axis, scheme.weight_symmetric)
+    channels = source.channel_axis(node)
+    spec = weight_spec(bits, channels if node.op_type in scheme.per_channel and not is_stack else None, scheme.weight_symmetric)
+    if not precision.is_paired(edge):
+        return spec
+    return replace(spec, summed=summed_axes(node.op_type, source.constants[node.inputs[1]].shape, channels))
 
 
 def _tied_weight_spec(known: QuantSpec | None, spec: QuantSpec) -> QuantSpec:
-    """A weight that several nodes share has one grid: the wider one, per tensor where their channel axes differ."""
+    """A weight that several nodes share has one grid: the wider one, per tensor where their channel axes differ.
+
+    Where they sum over other axes, it has 7 bits, which suit any.
+    """
     if known is None:
         return spec
     wider = known if known.bits >= spec.bits else spec
     axis = known.axis if (known.axis, known.block) == (spec.axis, spec.block) else None
-    return QuantSpec(wider.bits, wider.signed, wider.symmetric, axis, wider.narrow, block=wider.block if axis is not None else None)
+    if wider.bits == 8 and known.summed != spec.summed:
+        wider = weight_spec(7, None, wider.symmetric)
+    return replace(wider, axis=axis, block=wider.block if axis is not None else None)

@@ -25,7 +25,8 @@ class QuantSpec:
     keeps 8-bit symmetric weights free of the asymmetric extra code, as runtimes expect. `span` is the range where it is known without
     samples (a Sigmoid's 0 to 1). `block` cuts `axis` into stretches of so many values with a scale each; `axis` is then the one that is
     summed over, and scales have the value's own rank. `float8` keeps of a signed grid around zero only the numbers of E4M3: codes count its
-    smallest one, so that all arithmetic is that of integers, and the scale that ONNX knows is 512 times this one.
+    smallest one, so that all arithmetic is that of integers, and the scale that ONNX knows is 512 times this one. `summed`: the
+    axes along which two neighbouring codes of one sign add up to 128 at most (`saturation`).
     """
 
     bits: int
@@ -36,6 +37,7 @@ class QuantSpec:
     span: tuple[float, float] | None = None
     block: int | None = None
     float8: bool = False
+    summed: tuple[int, ...] | None = None
 
     @property
     def qmin(self) -> int:

@@ -88,7 +88,8 @@ def _serves(learned: QuantSpec, wanted: QuantSpec) -> bool:
     """Whether codes on one grid are codes on another, which may have more bits or a zero point."""
     same = ("signed", "axis", "block", "float8")
     is_alike = all(getattr(learned, name) == getattr(wanted, name) for name in same)
-    return is_alike and learned.bits <= wanted.bits and (learned.symmetric or not wanted.symmetric)
+    is_settled = wanted.summed is None or learned.summed == wanted.summed or learned.bits < 8
+    return is_alike and is_settled and learned.bits <= wanted.bits and (learned.symmetric or not wanted.symmetric)
 
 
 def _is_alike(learned: TensorQuant, wanted: TensorQuant) -> bool:

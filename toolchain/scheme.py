@@ -37,7 +37,8 @@ class Scheme:
             Clip are folded, or on the `float`s in front of it.
         rescales: a copy of a quantized value on another grid is made by an Add of zero, which runs as one integer kernel.
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
-        reduce_range: 8-bit weights that meet 8-bit activations have 7 bits.
+        reduce_range: 8-bit weights that meet 8-bit activations have 7 bits, for x86 CPUs without VNNI.
+        pairs: instead, their neighbours add up to what those CPUs take without saturation (`saturation`): the runtime is ONNX Runtime.
         float8: what may be in E4M3: `all`, `weights` beside float activations, or `none`.
         whole_blocks: blocks of weights must fill the axis that they cut; weights where they do not have one scale for each channel.
         packed_blocks: blocks are of weights of 4 bits at most, and only these are packed.
@@ -60,6 +61,7 @@ class Scheme:
     rescales: bool = False
     storage: str = "fast"
     reduce_range: bool = False
+    pairs: bool = False
     float8: str = "none"
     whole_blocks: bool = False
     packed_blocks: bool = False
@@ -94,7 +96,7 @@ class Scheme:
     def differences(self, other: "Scheme") -> tuple[str, ...]:
         """What another scheme does differently, as `rule: own -> other`."""
         names = ("weight_symmetric", "activation_symmetric", "shortcut_only", "results", "shared_concat", "bias", "reduce_range")
-        names = (*names, "stores")
+        names = (*names, "pairs", "stores")
         found = [
             f"{name.replace('_', ' ')}: {getattr(self, name)} -> {getattr(other, name)}"
             for name in names
@@ -117,14 +119,15 @@ TARGETS: Mapping[str, Scheme] = {
             "ort-cpu",
             "QLinear kernels take int8 weights around zero per channel, uint8 activations with a zero point and int32 biases, and fuse "
             "only where a convolution's result is quantized behind its activation; a Clip on the integers keeps them fused. CPUs without "
-            "VNNI saturate pairs of 8-bit products, hence 7-bit weights there. Softmax stays float: an encoder takes 1.05 to 1.6 times as "
-            "long with its integer kernel, which sums in 32 bits and makes zeros of rows of one.",
+            "VNNI saturate pairs of 8-bit products, hence steps of weights on which no pair gets there. Softmax stays float: an encoder "
+            "takes 1.05 to 1.6 times as long with its integer kernel, which sums in 32 bits and makes zeros of rows of one.",
             elementwise=_QLINEAR,
             results="convolutions",
             bias="int32",
             saturation="integer",
             rescales=True,
             reduce_range=True,
+            pairs=True,
             stores=True,
             float8="weights",
         ),
@@ -271,9 +274,9 @@ class Precision:
     """Bit widths; `elementwise_bits` and `first_last_bits` never fall below the general ones. `first_last_bits` None: the same.
 
     `reduce_range` gives 8-bit weights that meet 8-bit activations 7 bits. x86 CPUs without VNNI add pairs of such products in 16 bits:
-    2 x 255 x 128 saturates there, silently, and 2 x 255 x 64 does not. `block_size` cuts the weights of matrix products into blocks.
-    `requantizes`: a value that element-wise operators read too keeps `elementwise_bits`, and layers read a copy on their own grid; else all
-    read it on the grid of the layers. `float8`: E4M3 in place of 8-bit integers.
+    2 x 255 x 128 saturates there, silently, and 2 x 255 x 64 does not. With `pairs` they have 8 bits, but no such pair. `block_size` cuts
+    the weights of matrix products into blocks. `requantizes`: a value that element-wise operators read too keeps `elementwise_bits`, and
+    layers read a copy on their own grid; else all read it on the grid of the layers. `float8`: E4M3 in place of 8-bit integers.
     """
 
     weight_bits: int = 4
@@ -281,13 +284,21 @@ class Precision:
     elementwise_bits: int = 8
     first_last_bits: int | None = 8
     reduce_range: bool = True
+    pairs: bool = False
     block_size: int | None = None
     requantizes: bool = True
     float8: bool = False
 
     def weight(self, edge: bool) -> int:
         bits = max(self.weight_bits, self.first_last_bits or 0) if edge else self.weight_bits
-        return 7 if self.reduce_range and not self.float8 and bits == self.operand(edge) == 8 else bits
+        return 7 if self._reduces(bits, edge) and not self.pairs else bits
+
+    def is_paired(self, edge: bool) -> bool:
+        """Whether the neighbours among a layer's 8-bit weights must not add up to what saturates."""
+        return self.pairs and self._reduces(self.weight(edge), edge)
+
+    def _reduces(self, bits: int, edge: bool) -> bool:
+        return self.reduce_range and not self.float8 and bits == self.operand(edge) == 8
 
     @property
     def stored(self) -> int:
@@ -306,8 +317,11 @@ class Precision:
     def convention(self) -> str:
         if self.float8:
             return f"weights in E4M3, {'activations float' if self.activation_bits == FLOAT_BITS else 'activations too'}"
-        reduced = self.weight(edge=True) == 7 and max(self.weight_bits, self.first_last_bits or 0) == 8
-        ending = "; weights of 7 bits where both would have 8 (reduced range, exact on every CPU)" if reduced else ""
+        ending = ""
+        if self.is_paired(edge=True):
+            ending = "; where both have 8, steps of weights on which no pair of products saturates (exact on every CPU)"
+        elif self.weight(edge=True) == 7 and max(self.weight_bits, self.first_last_bits or 0) == 8:
+            ending = "; weights of 7 bits where both would have 8 (reduced range, exact on every CPU)"
         if self.activation_bits == FLOAT_BITS:
             edge = "" if self.first_last_bits is None else f", those of the first and last layers of {self.first_last_bits}"
             blocks = f", in blocks of {self.block_size} for matrix products" if self.block_size is not None else ""

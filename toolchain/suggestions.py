@@ -68,7 +68,7 @@ def _narrow_weights(found: Diagnosis) -> list[str]:
     """The eighth bit of weights that meet 8-bit activations, where weights make most of the output's noise."""
     settings = found.settings
     target = TARGETS.get(settings.get("target", "ort-cpu"))
-    is_narrow = settings.get("reduce-range", target is not None and target.reduce_range)
+    is_narrow = target is not None and not target.pairs and settings.get("reduce-range", target.reduce_range)
     gain = found.gain_of_float_weights
     if not is_narrow or settings.get("weight-bits") != 8 or settings.get("activation-bits") != 8 or gain < _MOST_OF_IT:
         return []
