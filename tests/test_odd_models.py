@@ -352,13 +352,60 @@ def windows_without_a_kernel() -> tuple[onnx.ModelProto, Arrays]:
     return model, {"x": RNG.normal(size=(16, 8, 12, 12)).astype(np.float32)}
 
 
+def number_into_a_loop() -> tuple[onnx.ModelProto, Arrays]:
+    """A Loop reads a single number that torch computes: it has no axis there either."""
+    steps = helper.make_graph(
+        [
+            helper.make_node("Unsqueeze", ["level", "axis"], ["u"]),
+            helper.make_node("Concat", ["u", "two"], ["pair"], axis=0),
+            helper.make_node("Add", ["acc", "pair"], ["next"]),
+            helper.make_node("Identity", ["go"], ["going"]),
+        ],
+        "steps",
+        [value("i", TensorProto.INT64), value("go", TensorProto.BOOL), value("acc", FLOAT, 4, 2)],
+        [value("going", TensorProto.BOOL), value("next", FLOAT, 4, 2)],
+    )
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("ReduceMean", ["r"], ["level"], keepdims=0),
+        helper.make_node("Loop", ["three", "yes", "r"], ["looped"], body=steps),
+        helper.make_node("MatMul", ["looped", "v"], ["y"]),
+    ]
+    constants = {"w": weight(8, 2), "v": weight(2, 4), "two": np.full(1, 2, np.float32), "axis": np.zeros(1, np.int64)}
+    constants |= {"three": np.array(3), "yes": np.array(True)}
+    return made(nodes, [value("x", FLOAT, 4, 8)], [value("y", FLOAT, 4, 4)], constants), {"x": VECTORS[:16]}
+
+
+def products_in_branches() -> tuple[onnx.ModelProto, Arrays]:
+    """What ONNX Runtime makes of a MatMul and an Add has one name inside the branches of an If and behind it."""
+
+    def branch(name: str) -> onnx.GraphProto:
+        product = helper.make_node("MatMul", ["r", f"{name}_w"], [f"{name}_m"])
+        added = helper.make_node("Add", [f"{name}_m", f"{name}_b"], [f"{name}_y"])
+        return helper.make_graph([product, added], name, [], [value(f"{name}_y", FLOAT, 1, 5, 16)])
+
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
+        helper.make_node("Greater", ["sum", "none"], ["is_some"]),
+        helper.make_node("If", ["is_some"], ["z"], then_branch=branch("then"), else_branch=branch("else")),
+        helper.make_node("MatMul", ["z", "v"], ["m"]),
+        helper.make_node("Add", ["m", "c"], ["y"]),
+    ]
+    constants = {"none": np.zeros((), np.float32), "v": weight(16, 4), "c": weight(1, 4)[0]}
+    constants |= {f"{name}_{kind}": array for name in ("then", "else") for kind, array in (("w", weight(8, 16)), ("b", weight(1, 16)[0]))}
+    model = made(nodes, [value("x", FLOAT, 1, 5, 8)], [value("y", FLOAT, 1, 5, 4)], constants)
+    return model, {"x": RNG.normal(size=(16, 5, 8)).astype(np.float32)}
+
+
 MODELS = {
     builder.__name__: builder
     for builder in (
         constant_outputs, class_maps, unequal_sequence, strings_in, strange_names, infinite_weight, sparse, stacked_weights, folded_windows,
         causal_mask, steps_first, one_sequence, one_image, one_vector, doubles, halves, inputs_handed_out, fixed_rows,
         even_attention, names_of_the_exporter, half_function, branches_with_one_name, axes_and_windows,
-        windows_without_a_kernel,
+        windows_without_a_kernel, number_into_a_loop, products_in_branches,
     )
 }  # fmt: skip
 EXACT = {"inputs_handed_out": {"same", "part"}, "half_function": {"x", "anchors"}}
@@ -449,3 +496,13 @@ def test_learned(name: str, tmp_path: Path) -> None:
     found = quantize(source, fed, Config(weight_bits=4, activation_bits=8, iterations=4, batch_size=8, device="cpu"))
     assert all(math.isfinite(result.loss_after) for result in found.results)
     assert found.results
+
+
+def test_normalizations_behind_a_computed_bias_are_folded(tmp_path: Path) -> None:
+    """As current torch writes a convolution without a bias where its optimizer is off."""
+    b = zoo.Builder({"x": ["N", 8, 9, 9]})
+    zero = b.op("CastLike", b.constant("zero", np.zeros(1)), b.weight("w", (8, 8, 3, 3), 72))
+    y = b.op("Conv", "x", "w", b.op("Expand", zero, b.constant("shape", np.array([8]))))
+    moments = [b.constant(name, RNG.uniform(0.5, 2, 8).astype(np.float32)) for name in ("gain", "shift", "mean", "variance")]
+    onnx.save(b.model(b.conv(b.op("Relu", b.op("BatchNormalization", y, *moments)), 8, 4)), tmp_path / "m.onnx")
+    assert [node.op_type for node in load_source(tmp_path / "m.onnx").graph.nodes] == ["Conv", "Relu", "Conv"]

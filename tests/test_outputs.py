@@ -1,5 +1,6 @@
 """Outputs that are no plain float arrays: infinite numbers, strings, sequences, maps from class to score, constants."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,18 +8,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from matplotlib.axes import Axes
 from onnx import TensorProto
 
 from tests import zoo
 from toolchain import kernels, runtime
-from toolchain.import_check import difference
+from toolchain.activations import TorchModel
+from toolchain.cli import main
+from toolchain.config import Config
+from toolchain.import_check import check_import, difference
+from toolchain.importing import cut_blocks
 from toolchain.plot import picture
 from toolchain.report import validation_report
 from toolchain.run_folder import digest
 from toolchain.samples import Samples
+from toolchain.source import infer_types, load_source
 from toolchain.validation import class_output, parity, sqnr, validate
-from toolchain.wording import headline
+from toolchain.wording import headline, worst_sqnr
 
 INF = np.inf
 CONFIG = {"target": "ort-cpu", "weight-bits": 4, "activation-bits": 8, "number-format": "int"}
@@ -41,6 +48,48 @@ def test_noise_of_strings_and_of_unequal_shapes() -> None:
     assert found.sqnr == 0
     assert found.max_difference == 1
     assert class_output({"a": words.reshape(2, 2), "b": np.ones((2, 2))}, 2) == "b"
+
+
+def test_the_best_of_something_sorted_is_no_scores_of_classes() -> None:
+    scores = np.random.default_rng(0).random((6, 5))
+    best, places = -np.sort(-scores, axis=1), np.argsort(-scores, axis=1)
+    assert class_output({"best": best, "places": places}, 6) is None
+    assert class_output({"best": best, "scores": scores}, 6) == "scores"
+    assert class_output({"codes": places}, 6) == "codes"  # integers alone: the scores of a model that is quantized
+
+
+def test_outputs_behind_a_selection_are_told_apart(tmp_path: Path) -> None:
+    """Boxes above a threshold: what the file keeps, where the float model keeps more or fewer, and where all operators are right."""
+    b = zoo.Builder({"x": ["N", 16]})
+    scores = b.op("Sigmoid", b.linear(b.op("Relu", b.linear("x", 16, 16)), 16, 16))
+    flat = b.op("Reshape", scores, b.constant("flat", np.array([-1])))
+    kept = b.op("Compress", flat, b.op("Greater", flat, b.constant("threshold", np.array(0.5, np.float32))))
+    onnx.save(b.model(kept, scores), tmp_path / "m.onnx")
+    np.savez(tmp_path / "c.npz", x=np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32))
+    given = ["--calibration-data", str(tmp_path / "c.npz"), "-p", "w4a4", "--algorithm", "mse", "--device", "cpu", "--json"]
+    done = CliRunner().invoke(main, ["quantize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), *given])
+    assert done.exit_code == 0, done.output
+    facts = json.loads((tmp_path / "q.report" / "report.json").read_text())
+    assert facts["validation"]["selected"] == [kept]
+    assert worst_sqnr(facts["validation"]) == facts["validation"]["sqnr"][scores] > 5
+    source = load_source(tmp_path / "m.onnx")
+    onnx.save(onnx.utils.Extractor(source.model).extract_model(["x"], [kept]), tmp_path / "one.onnx")
+    done = CliRunner().invoke(main, ["quantize", str(tmp_path / "one.onnx"), "-o", str(tmp_path / "q1.onnx"), *given])
+    assert done.exit_code == 0, done.output
+    verdict = json.loads((tmp_path / "q1.report" / "report.json").read_text())["verdict"]
+    assert verdict["ship"] == "unclear"
+    assert f"the outputs ({kept}) are selections" in verdict["sentence"]
+
+
+def test_large_values_are_compared_in_one_forward_pass(tmp_path: Path) -> None:
+    """A pass that holds fewer samples than are looked at was held against all of them, and every node seemed wrong."""
+    source = zoo.loaded(zoo.tiny_resnet(), tmp_path)
+    samples = zoo.images(8)
+    types = infer_types(source, samples.shapes, samples.inputs)
+    blocks = cut_blocks(source, types, {}, Config())
+    worst, strays = check_import(TorchModel.of(source, types, blocks, torch.device("cpu"), size=2), samples)
+    assert worst < 1e-5
+    assert not strays
 
 
 def test_equal_infinite_numbers_are_no_difference() -> None:

@@ -220,7 +220,7 @@ def row_of(checked: ValidationReport) -> dict[str, Any]:
         "won": checked.won,
         "outcomes": checked.outcomes,
         "agreement": checked.agreement,
-        "sqnr": min(checked.sqnr.values()),
+        "sqnr": checked.worst[1] if checked.worst is not None else float("nan"),
         "simulation_agreement": simulation.agreement if simulation else None,
         "integer_operators": checked.integer_operators,
         "float_layers": checked.float_layers,

@@ -402,7 +402,7 @@ def _with_float_activations(source: SourceModel, quantized: onnx.ModelProto) -> 
     changed.CopyFrom(source.model)
     for tensor in changed.graph.initializer:
         if tensor.name in values:
-            tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values[tensor.name]), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(np.asarray(values[tensor.name], order="C"), tensor.name))
     return changed
 
 
@@ -420,7 +420,7 @@ def _restore_constants(source: SourceModel, node: Node, changed: onnx.ModelProto
     for index, value in enumerate(node.inputs):
         if value in source.graph.constants and index < len(target.input) and target.input[index] == value:
             if value + _FED not in present:
-                tensor = numpy_helper.from_array(np.ascontiguousarray(source.constants[value]), value + _FED)
+                tensor = numpy_helper.from_array(np.asarray(source.constants[value], order="C"), value + _FED)
                 changed.graph.initializer.append(tensor)
                 present.add(value + _FED)
             target.input[index] = value + _FED

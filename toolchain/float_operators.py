@@ -91,9 +91,11 @@ def _reason(
     if floats:
         return f"it reads {floats[0]!r} in float"
     result = node.output[0]
+    if result in outputs:
+        return "its result is a graph output and stays float"
     quantized = any(reader.op_type == "QuantizeLinear" for reader in readers.get(result, []))
     if not quantized and node.op_type not in _PRODUCTS:
-        return "its result is a graph output and stays float" if result in outputs else f"its result {result!r} is read in float"
+        return f"its result {result!r} is read in float"
     if node.op_type in _CONVOLUTIONS | _PRODUCTS:
         return "ONNX Runtime did not fuse it"
     return f"ONNX Runtime fuses no integer {node.op_type}"

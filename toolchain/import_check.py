@@ -33,7 +33,7 @@ def check_import(model: TorchModel, samples: Samples) -> tuple[float, dict[str, 
         UnsupportedModelError: ONNX Runtime fails on the samples.
     """
     source, axes = model.source, model.source.axes
-    count = 1 if runtime.differing(samples.inputs, axes) else model.types.batch or _SAMPLES
+    count = 1 if runtime.differing(samples.inputs, axes) else model.types.batch or min(_SAMPLES, model.size)  # one forward pass
     few = samples.taken(np.arange(count) % samples.count)
     proto = opened(source) if model.types.batch is None else source.model
     feeds = runtime.batched(few.inputs, axes)

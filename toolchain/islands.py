@@ -172,4 +172,4 @@ def _inner_weights(graph: onnx.GraphProto) -> int:
 
 
 def _fed(value: Any) -> Any:
-    return np.ascontiguousarray(value.detach().cpu().numpy()) if isinstance(value, torch.Tensor) else value
+    return np.asarray(value.detach().cpu().numpy(), order="C") if isinstance(value, torch.Tensor) else value

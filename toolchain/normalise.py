@@ -21,7 +21,7 @@ from .workarounds import avoid_defects
 # Of the nodes that `exporters.qdq` makes for a value.
 _EXPORT_SUFFIXES = ("_QuantizeLinear", "_DequantizeLinear", "_LookupDequantizeLinear", "_Clip", "_Zero", "_Add")
 # ONNX Runtime's MatMulAddFusion names the shapes it makes so, without looking whether a constant has that name, and then refuses the model.
-_RUNTIME_NAMES = ("gemm_input_shape", "gemm_output_shape")
+_RUNTIME_NAMES = ("gemm_input_shape", "gemm_output_shape", "gemm_input_reshape", "gemm_output_reshape")
 
 
 def read(path: Path) -> onnx.ModelProto:
@@ -89,6 +89,8 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
         model.graph.input.remove(value)
     _name_nodes(model.graph)  # ONNX Runtime refuses two nodes of one name
     model = runtime.cleaned(model, shelf)
+    if shelf is None and any(node.op_type == "BatchNormalization" for node in model.graph.node):
+        model = runtime.cleaned(model)  # what it folded last (an Expand, as current torch writes biases) it could not look behind
     if shelf is not None:
         (shelf / "read.weights").unlink()
     used = {node.domain for node in model.graph.node} | {"", "ai.onnx"} | domains

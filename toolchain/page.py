@@ -20,10 +20,10 @@ from .wording import (
     island_lines,
     kind,
     magnitude,
+    noise,
     ranges_line,
     size,
     smaller,
-    worst_sqnr,
 )
 
 _SHIP = {"yes": "ship it", "no": "do not ship", "unclear": "undecided"}
@@ -116,7 +116,7 @@ def _cards(report: dict[str, Any]) -> str:
     if v["agreement"] is not None:
         low, high = v["intervals"]["agreement"]
         cards.append(("same prediction as float", f"{v['agreement']:.2f} %", f"95 %: {low:.1f} to {high:.1f}"))
-    cards.append(("signal to noise", decibel(worst_sqnr(v)), f"of the output, on {v['evaluated_on'].rsplit('/', 1)[-1]}"))
+    cards.append(("signal to noise", noise(v), f"of the output, on {v['evaluated_on'].rsplit('/', 1)[-1]}"))
     cards.append(("file", size(v["quantized_bytes"]), f"{smaller(v)} than {size(v['float_bytes'])}"))
     if v["has_kernels"]:
         latency = v["latency"]
@@ -304,7 +304,7 @@ def _run(report: dict[str, Any]) -> str:
         (
             "calibration",
             f"{counted(report['calibration']['samples'], 'sample')}; "
-            f"import to torch differs by {report['calibration']['import_error']:.1e} at most",
+            f"import to torch differs by {figure(report['calibration']['import_error'])} at most",
         ),
         *([("activation ranges", ranges_line(report["calibration"]["ranges"]))] if report["calibration"]["ranges"] else []),
         *(("note", note) for note in model["notes"]),

@@ -38,7 +38,7 @@ def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) 
             for index, value in enumerate(node.output):
                 node.output[index] = names.get(value, value)
         for subgraph in subgraphs(node):
-            own = {value for inner in subgraph.node for value in inner.output} | {value.name for value in subgraph.input}
+            own = value_names(subgraph)
             rename_values(subgraph, {old: new for old, new in names.items() if old not in own}, outputs=False)
             for output in subgraph.output:
                 if output.name not in own:

@@ -240,7 +240,8 @@ def validation_table(v: dict[str, Any]) -> Table:
     if v["agreement"] is not None:
         table.add_row("same prediction as float", "", f"{v['agreement']:.2f} %", "")
     for name, value in v["sqnr"].items():
-        table.add_row(f"SQNR of {escape(name)}", "", f"{value:.2f} dB" if value is not None else "exact", "")
+        ratio = "a selection" if name in v.get("selected", ()) else f"{value:.2f} dB" if value is not None else "exact"
+        table.add_row(f"SQNR of {escape(name)}", "", ratio, "")
     table.add_row("file", size(v["float_bytes"]), size(v["quantized_bytes"]), smaller(v))
     if v["has_kernels"]:
         latency = v["latency"]

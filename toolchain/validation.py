@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ _HEAVY = frozenset(
         *("Attention", "MultiHeadAttention", "GroupQueryAttention", "LSTM", "GRU", "RNN", "If", "Loop", "Scan"),
     }
 )
+# They pick rows or places by values: two that are nearly the same change places with the smallest error.
+_SELECTING = frozenset({"TopK", "NonMaxSuppression", "NonZero", "Unique", "Compress", "ArgMax", "ArgMin"})
 _LATENCY_SECONDS = 2.0
 _LATENCY_RUNS = 100
 
@@ -33,7 +35,7 @@ class Parity:
     """Agreement of two executions of the quantized model.
 
     `agreement` is the share of equal predictions (None without a class output), `sqnr` the ratio of signal to difference in dB, and
-    `max_difference` the largest difference of an output, over the largest magnitude.
+    `max_difference` the largest difference of an output, over the largest magnitude. Selections (`selections`) count for neither.
     """
 
     agreement: float | None
@@ -60,7 +62,8 @@ class ValidationReport:
     `has_labels` says whether the samples came with labels, which a model without a class output leaves unused; `nan_samples` counts those
     on which an output of the float model has a NaN, which says nothing of the quantized one. `outcomes` keeps for each sample (see
     `outcomes`) whether the quantized model's class is the label, or the float model's without labels. Without `has_kernels`, ONNX Runtime
-    stood in for another runtime: it computed in float between the quantizers, and its latency says nothing.
+    stood in for another runtime: it computed in float between the quantizers, and its latency says nothing. `selected` names the
+    outputs that are selections: the smallest error may put other rows there, so that their ratios say nothing.
     """
 
     provider: str
@@ -87,6 +90,16 @@ class ValidationReport:
     has_labels: bool = False
     nan_samples: int = 0
     has_kernels: bool = True
+    selected: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The output with the least signal to noise, and that, in dB; None where all outputs are selections."""
+        told = [(ratio, name) for name, ratio in self.sqnr.items() if name not in self.selected]
+        if not told:
+            return None
+        ratio, name = min(told)
+        return name, ratio
 
     @property
     def drop(self) -> float | None:
@@ -164,6 +177,8 @@ def validate(
     same = predicted(reference[head]) == predicted(outputs[head]) if head is not None else None
     counted = right[1] if right is not None else same
     executed = runtime.optimized(quantized, provider, level)
+    runs = [(reference, outputs), *([(simulated, outputs)] if simulated is not None else [])]
+    chosen = tuple(name for name in selections(large.load(quantized), runs) if name != head)
     return ValidationReport(
         provider=deployed.get_providers()[0],  # the CPU's, where ONNX Runtime fell back to it
         samples=samples.count,
@@ -175,8 +190,8 @@ def validate(
         won=int((right[1] & ~right[0]).sum()) if right is not None else None,
         agreement=agreement(reference, outputs, head),
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
-        simulation=parity(simulated, outputs, head) if simulated is not None else None,
-        unfused=parity(unfused, outputs, head) if unfused is not None else None,
+        simulation=parity(simulated, outputs, head, chosen) if simulated is not None else None,
+        unfused=parity(unfused, outputs, head, chosen) if unfused is not None else None,
         integer_arithmetic=check_kernels(large.load(quantized), samples.inputs, provider, level),
         simulated_arithmetic=simulated_arithmetic,
         top1_simulated=accuracy(simulated, 1),
@@ -189,6 +204,7 @@ def validate(
         has_labels=labels is not None,
         nan_samples=_nan_samples(reference, samples.count),
         has_kernels=not elsewhere,
+        selected=chosen,
     )
 
 
@@ -207,10 +223,19 @@ def _nan_samples(outputs: Mapping[str, np.ndarray], count: int) -> int:
 
 
 def class_output(outputs: Mapping[str, np.ndarray], count: int) -> str | None:
-    """The first output that scores classes: [N, C] with C > 1; of a model without float outputs else the first that names them: [N]."""
-    scores = (name for name, array in outputs.items() if has_scores(array) and array.shape[0] == count and array.dtype.kind in "fiu")
+    """The first output that scores classes: [N, C] with C > 1; of a model without float outputs else the first that names them: [N].
+
+    What falls in every row is not scores of classes but the best of something, sorted (TopK).
+    """
+    kinds = "f" if any(array.dtype.kind == "f" for array in outputs.values()) else "iu"
+    scored = (name for name, array in outputs.items() if has_scores(array) and array.shape[0] == count and array.dtype.kind in kinds)
+    scores = (name for name in scored if not _is_sorted(outputs[name]))
     names = (name for name, array in outputs.items() if array.shape in ((count,), (count, 1)))
     return next(scores, next(names, None) if all(array.dtype.kind in "iub" for array in outputs.values()) else None)
+
+
+def _is_sorted(array: np.ndarray) -> bool:
+    return len(array) > 1 and array.shape[1] > 2 and bool((array[:, 1:] <= array[:, :-1]).all())
 
 
 def has_scores(array: np.ndarray) -> bool:
@@ -253,10 +278,28 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(max(float(np.square(reference).sum()), 1e-300) / noise)) if noise > 0 else float("inf")
 
 
-def parity(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None) -> Parity:
-    """Compare two executions over all outputs; the worst output counts."""
-    noise = min((sqnr(a[name], b[name]) for name in a), default=float("inf"))
-    return Parity(agreement(a, b, head), noise, max((_difference(a[name], b[name]) for name in a), default=0.0))
+def parity(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None, selected: Collection[str] = ()) -> Parity:
+    """Compare two executions over all outputs but selections; the worst output counts."""
+    told = [name for name in a if name not in selected]
+    noise = min((sqnr(a[name], b[name]) for name in told), default=float("inf"))
+    return Parity(agreement(a, b, head), noise, max((_difference(a[name], b[name]) for name in told), default=0.0))
+
+
+def selections(model: onnx.ModelProto, runs: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]) -> tuple[str, ...]:
+    """The outputs whose rows are picked by what the model computes: behind a selecting operator, or of other shapes in two runs.
+
+    Args:
+        model: a quantized one; only what follows from its quantizers counts.
+        runs: outputs of two executions on the same samples.
+    """
+    computed, chosen = set[str](), {name for a, b in runs for name in a if a[name].shape != b[name].shape}
+    for node in model.graph.node:
+        is_computed = node.op_type == "QuantizeLinear" or not computed.isdisjoint(node.input)
+        if is_computed:
+            computed.update(node.output)
+        if (is_computed and node.op_type in _SELECTING) or not chosen.isdisjoint(node.input):
+            chosen.update(node.output)
+    return tuple(output.name for output in model.graph.output if output.name in chosen)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:

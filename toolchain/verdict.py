@@ -1,5 +1,6 @@
 """Whether to ship: what a validation means for the one who deploys the model, in one sentence and with its reason."""
 
+import math
 from dataclasses import dataclass
 
 from .intervals import paired_difference, wilson
@@ -39,7 +40,8 @@ def parity_problem(checked: ValidationReport) -> str | None:
             f"{exactness.worst}: the written file is {exactness.steps:.0f} steps off the simulation there ({exactness.share:.2g} % of all "
             "codes differ): it is not the model that was learned. This is a defect of the exporter, please report it"
         )
-    found, error = checked.simulation, min(checked.sqnr.values())
+    found, worst = checked.simulation, checked.worst
+    error = worst[1] if worst is not None else -math.inf  # of selections nothing is told; their operators were compared above
     if found is None or found.sqnr >= error - _PARITY_MARGIN:
         return None
     if found.sqnr >= _PARITY_SQNR if found.agreement is None else found.agreement >= _PARITY_AGREEMENT:
@@ -74,7 +76,13 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     problem = parity_problem(checked)
     if problem is not None:
         return Verdict("no", f"ONNX Runtime does not compute what was learned: {problem}")
-    output, error = min(checked.sqnr.items(), key=lambda item: item[1])
+    if checked.worst is None and checked.drop is None:
+        return Verdict(
+            "unclear",
+            f"the outputs ({', '.join(checked.selected)}) are selections, in which the smallest error may put other rows, so that no ratio "
+            "says how good they are; judge in your own metric",
+        )
+    output, error = checked.worst or min(checked.sqnr.items(), key=lambda item: item[1])
     if checked.top1_float is None and error < _DROWNED:
         return Verdict("no", f"output {output!r} has noise of more than half its power (SQNR {error:.1f} dB)")
     if checked.drop is None:

@@ -55,8 +55,14 @@ def decibel(value: float | None, digits: int = 1) -> str:
 
 
 def worst_sqnr(v: dict[str, Any]) -> float | None:
-    """The least SQNR over the outputs of a validation; None where all are exact."""
-    return min((value for value in v["sqnr"].values() if value is not None), default=None)
+    """The least SQNR over the outputs of a validation that are no selections; None where all are exact."""
+    told = (value for name, value in v["sqnr"].items() if name not in v.get("selected", ()))
+    return min((value for value in told if value is not None), default=None)
+
+
+def noise(v: dict[str, Any]) -> str:
+    """The least SQNR over the outputs of a validation, or why there is none."""
+    return "none, of selections" if v["sqnr"].keys() <= set(v.get("selected", ())) else decibel(worst_sqnr(v))
 
 
 def kind(block: dict[str, Any]) -> str:
@@ -162,7 +168,7 @@ def _accuracy(v: dict[str, Any]) -> str:
         parts.append(f"top-1 {v['top1_float']:.2f} % float, {v['top1_quantized']:.2f} % quantized (95 %: {low:.1f} to {high:.1f})")
     if v["agreement"] is not None:
         parts.append(f"{v['agreement']:.2f} % the same prediction as float")
-    parts.append(f"SQNR {decibel(worst_sqnr(v))}")
+    parts.append(f"SQNR {noise(v)}")
     nowhere = f", of which the float model makes NaN on {v['nan_samples']:,}" if v.get("nan_samples") else ""
     unused = "; labels not used: no output scores or names classes" if v.get("has_labels") and v["top1_float"] is None else ""
     return f"{'; '.join(parts)}; {counted(v['samples'], 'sample')} of {v['evaluated_on']}{nowhere}{unused}"
@@ -193,7 +199,7 @@ def _is_mostly_stored(cover: dict[str, Any]) -> bool:
 def _exactness(v: dict[str, Any]) -> str:
     arithmetic, found = v["integer_arithmetic"], v["simulation"]
     text = f"each {'kernel' if v['has_kernels'] else 'operator'} within {steps(arithmetic['steps'])} of what the file says"
-    if found is None:
+    if found is None or (found["agreement"] is None and v["sqnr"].keys() <= set(v.get("selected", ()))):
         return text
     if found["agreement"] is not None:
         return f"{text}; {found['agreement']:.2f} % the same prediction as the simulation that was learned"

@@ -48,7 +48,7 @@ def _alone(view: NodeView) -> onnx.GraphProto:
         return helper.make_tensor_value_info(name, dtype, ["N", *shape]) if shape is not None and dtype else onnx.ValueInfoProto(name=name)
 
     read = dict.fromkeys(name for name in node.input if name)
-    tensors = [numpy_helper.from_array(np.ascontiguousarray(view.arrays[name]), name) for name in read if name in view.arrays]
+    tensors = [numpy_helper.from_array(np.asarray(view.arrays[name], order="C"), name) for name in read if name in view.arrays]
     inputs = [info(name) for name in read if name not in view.arrays]
     return helper.make_graph([node], "node", inputs, [info(name) for name in node.output if name], tensors)
 

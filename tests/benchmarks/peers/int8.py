@@ -6,6 +6,7 @@ TOOL is one of the functions below, whose docstrings say what was chosen, and wh
 """
 
 import argparse
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,7 +122,9 @@ def main() -> None:
     args = parser.parse_args()
     data = {name: array[: args.samples] for name, array in np.load(args.calibration).items() if name != "labels"}
     starts = range(0, len(next(iter(data.values()))), args.batch_size)
-    TOOLS[args.tool](args.model, [{name: x[i : i + args.batch_size] for name, x in data.items()} for i in starts], args.out)
+    batches = [{name: x[i : i + args.batch_size] for name, x in data.items()} for i in starts]
+    with tempfile.TemporaryDirectory() as folder:
+        TOOLS[args.tool](Path(shutil.copy(args.model, folder)), batches, args.out)  # Model Optimizer writes into the file that it is given
 
 
 if __name__ == "__main__":
