@@ -13,6 +13,7 @@ import onnx
 from . import large, runtime
 from .errors import UnsupportedModelError
 from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
+from .graph import WEIGHT_INPUT
 from .kernels import KernelCheck, check_kernels
 from .outcomes import pack
 from .runtime import Optimization
@@ -288,6 +289,8 @@ def parity(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str |
 def selections(model: onnx.ModelProto, runs: Iterable[tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]]) -> tuple[str, ...]:
     """The outputs whose rows are picked by what the model computes: behind a selecting operator, or of other shapes in two runs.
 
+    What a layer makes of a selection (the experts that a gate picks) is a value like others again.
+
     Args:
         model: a quantized one; only what follows from its quantizers counts.
         runs: outputs of two executions on the same samples.
@@ -297,7 +300,7 @@ def selections(model: onnx.ModelProto, runs: Iterable[tuple[Mapping[str, np.ndar
         is_computed = node.op_type == "QuantizeLinear" or not computed.isdisjoint(node.input)
         if is_computed:
             computed.update(node.output)
-        if (is_computed and node.op_type in _SELECTING) or not chosen.isdisjoint(node.input):
+        if (is_computed and node.op_type in _SELECTING) or (node.op_type not in WEIGHT_INPUT and not chosen.isdisjoint(node.input)):
             chosen.update(node.output)
     return tuple(output.name for output in model.graph.output if output.name in chosen)
 

@@ -169,7 +169,7 @@ def _read(source: "SourceModel", model: Path, table_file: Path, console: Console
         table = aimet.from_aimet(data, source.constants, axes, str(table_file), folded)
         if moved := aimet.off_grid(table, source.constants):
             console.print(
-                f"[yellow]{counted(len(moved), 'weight')} of {escape(str(model))} not on the grids of {escape(str(table_file))} (such as "
+                f"[yellow]{counted(len(moved), 'weight')} of {escape(str(model))} off the grids of {escape(str(table_file))} (such as "
                 f"{escape(moved[0])}): rounded to nearest. Learned rounding is in the model that was written beside the encodings: give "
                 "that one to keep it[/yellow]"
             )
