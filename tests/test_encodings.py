@@ -177,6 +177,9 @@ def test_export_again_from_the_command_line(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     first, second = (onnx.load(tmp_path / name) for name in ("net.w4a4.onnx", "again.onnx"))
     assert first.graph == second.graph  # the same file but for its metadata
+    ours, theirs = ({entry.key: entry.value for entry in file.metadata_props} for file in (second, first))
+    assert ours["mrecg_onnx.config"] == theirs["mrecg_onnx.config"]
+    assert ours["mrecg_onnx.source_sha256"] == theirs["mrecg_onnx.source_sha256"]
     other = invoke("export", model, table, "--target", "tensorrt", "-o", tmp_path / "trt.onnx")
     assert "learned for ort-cpu; tensorrt would have learned under other rules:" in other.output
     assert "activation symmetric: False -> True" in other.output

@@ -119,6 +119,8 @@ def _export(
         for difference in TARGETS[learned_for].differences(scheme):
             console.print(f"  {escape(difference)}")
     metadata = {"version": __version__, "source_sha256": source.sha256, "target": scheme.name, "learned_for": learned_for or "another tool"}
+    if found.config is not None:
+        metadata["config"] = dump_config(found.config, DataConfig())
     if data.calibration_data is not None:
         if found.config is None:
             raise UsageError(
