@@ -1,5 +1,6 @@
 """Where the error enters: held against exported models that differ in one layer only."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from toolchain.config_file import dump_config, resolved
 from toolchain.data_config import DataConfig
 from toolchain.diagnosis import Diagnosis, LayerError, diagnose
 from toolchain.errors import UsageError
+from toolchain.graph import Node
 from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable
 from toolchain.quant_table import quantize as encode
@@ -172,23 +174,27 @@ def test_more_bits_are_measured_before_they_are_suggested(tmp_path: Path) -> Non
     assert wider(Config(weight_bits=8, activation_bits=8, target="tensorrt")) == ()  # it has no 16-bit integers
 
 
-def test_bits_are_read_from_the_codes(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
-    source, table, found = case
+def layers_of(case: tuple[SourceModel, QuantTable, Diagnosis]) -> Iterator[tuple[LayerError, Node, str]]:
+    """The rows of a diagnosis with their nodes and the names of their weights."""
+    source, _, found = case
     for row in found.layers:
         node = next(node for node in source.graph.weighted if node.name == row.node)
         weight = source.graph.weight(node)
         assert weight is not None
+        yield row, node, weight
+
+
+def test_bits_are_read_from_the_codes(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
+    source, table, _ = case
+    for row, node, weight in layers_of(case):
         assert row.weight_bits == (table[weight].spec.bits if node is not source.graph.weighted[1] else 3)  # its grid is 4 times as coarse
         assert row.input_bits == table[node.inputs[0]].spec.bits
         assert row.has_room == (row.input_bits == 4)
 
 
 def test_parts_of_the_added_error(case: tuple[SourceModel, QuantTable, Diagnosis]) -> None:
-    source, table, found = case
-    for layer in found.layers:
-        node = next(node for node in source.graph.weighted if node.name == layer.node)
-        weight = source.graph.weight(node)
-        assert weight is not None
+    source, table, _ = case
+    for layer, _, weight in layers_of(case):
         assert layer.weight == pytest.approx(sqnr(source.constants[weight], table[weight].dequantized()), abs=1e-3)
         assert layer.input is not None
         assert 0 <= layer.clipped < 0.2

@@ -36,9 +36,13 @@ def settings_for(config: Config, target: str, storage: str | None) -> Config:
     Raises:
         UsageError: the target has no such precision.
     """
-    ours = {"target": target, "storage": storage, "weight_scheme": None, "activation_scheme": None, "reduce_range": None}
-    unlearned = {"algorithm": "mse", "units": "none", "merge": (), "device": "auto", "memory_budget": None}
-    return replace(config, **ours, **unlearned)
+    kinds = {"weight_scheme": None, "activation_scheme": None, "reduce_range": None}
+    return replace(rounded_to_nearest(config), target=target, storage=storage, **kinds)
+
+
+def rounded_to_nearest(config: Config) -> Config:
+    """The settings without learning, on whatever device is there."""
+    return replace(config, algorithm="mse", units="none", merge=(), device="auto", memory_budget=None)
 
 
 def retargeted(

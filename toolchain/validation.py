@@ -179,7 +179,8 @@ def validate(
     counted = right[1] if right is not None else same
     executed = runtime.optimized(quantized, provider, level)
     runs = [(reference, outputs), *([(simulated, outputs)] if simulated is not None else [])]
-    chosen = tuple(name for name in selections(large.load(quantized), runs) if name != head)
+    written = large.load(quantized)
+    chosen = tuple(name for name in selections(written, runs) if name != head)
     return ValidationReport(
         provider=deployed.get_providers()[0],  # the CPU's, where ONNX Runtime fell back to it
         samples=samples.count,
@@ -193,7 +194,7 @@ def validate(
         sqnr={name: sqnr(reference[name], outputs[name]) for name in reference},
         simulation=parity(simulated, outputs, head, chosen) if simulated is not None else None,
         unfused=parity(unfused, outputs, head, chosen) if unfused is not None else None,
-        integer_arithmetic=check_kernels(large.load(quantized), samples.inputs, provider, level),
+        integer_arithmetic=check_kernels(written, samples.inputs, provider, level),
         simulated_arithmetic=simulated_arithmetic,
         top1_simulated=accuracy(simulated, 1),
         float_bytes=float_bytes,

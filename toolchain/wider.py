@@ -17,7 +17,7 @@ from .device import pick_device
 from .errors import UsageError
 from .pipeline import quantize
 from .progress import Progress
-from .retarget import settings_for
+from .retarget import rounded_to_nearest
 from .samples import Samples
 from .simulation import simulate
 from .source import SourceModel
@@ -46,13 +46,14 @@ def gains_of_wider(
     half = min(samples.count // 2, SAMPLES)
     if config is None or config.precision.float8 or half < _LEAST:
         return {}
-    kinds = {"weight_scheme": config.weight_scheme, "activation_scheme": config.activation_scheme, "reduce_range": config.reduce_range}
-    plain = replace(settings_for(config, config.target, config.storage), **kinds)
+    plain = rounded_to_nearest(config)
     found = wider(plain)
+    if not found:
+        return {}
     seen, others = samples.first(half), samples.taken(np.arange(half, 2 * half))
-    floats = runtime.run(runtime.session(source.model), others.inputs) if found else {}
+    floats = runtime.run(runtime.session(source.model), others.inputs)
     ratios = []
-    for turn, one in enumerate((plain, *found) if found else ()):
+    for turn, one in enumerate((plain, *found)):
         progress("trying more bits", turn, 1 + len(found), float("nan"))
         made = quantize(source, seen, one)
         outputs = simulate(source, made.table, others, pick_device(one.device), made.islands, one.scheme)

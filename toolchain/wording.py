@@ -62,7 +62,12 @@ def worst_sqnr(v: dict[str, Any]) -> float | None:
 
 def noise(v: dict[str, Any]) -> str:
     """The least SQNR over the outputs of a validation, or why there is none."""
-    return "none, of selections" if v["sqnr"].keys() <= set(v.get("selected", ())) else decibel(worst_sqnr(v))
+    return "none, of selections" if _selects_only(v) else decibel(worst_sqnr(v))
+
+
+def _selects_only(v: dict[str, Any]) -> bool:
+    """Whether all outputs are selections."""
+    return v["sqnr"].keys() <= set(v.get("selected", ()))
 
 
 def kind(block: dict[str, Any]) -> str:
@@ -199,7 +204,7 @@ def _is_mostly_stored(cover: dict[str, Any]) -> bool:
 def _exactness(v: dict[str, Any]) -> str:
     arithmetic, found = v["integer_arithmetic"], v["simulation"]
     text = f"each {'kernel' if v['has_kernels'] else 'operator'} within {steps(arithmetic['steps'])} of what the file says"
-    if found is None or (found["agreement"] is None and v["sqnr"].keys() <= set(v.get("selected", ()))):
+    if found is None or (found["agreement"] is None and _selects_only(v)):
         return text
     if found["agreement"] is not None:
         return f"{text}; {found['agreement']:.2f} % the same prediction as the simulation that was learned"

@@ -200,13 +200,13 @@ def _quantize(
         shown.log.print(busy)
     with terminal.progress_on(shown.log) as progress, processes.joined(device):
         quantized = pipeline.quantize(source, calibration, config, progress, run, processes)
-    exported = export_qdq(source.model, quantized.table, _metadata(source, config, data), config.scheme)
+    made = _metadata(source, config, data)
+    exported = export_qdq(source.model, quantized.table, made, config.scheme)
     check_loads(exported)
     run.begin_export()
     write_model(exported, output)
     if mode.encodings is not None:
-        made = _metadata(source, config, data)["config"]
-        learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention, made)
+        learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention, made["config"])
         write_text(encodings.dumps(learned), mode.encodings)
     checked = _validated(model, output, source, quantized, exported, evaluation, config)
     limit = {True: None, False: 0.0, None: _SENSITIVITY_SHARE * (time.perf_counter() - started)}[mode.sensitivity]
