@@ -2,6 +2,9 @@
 
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import cached_property
+
+from onnx import TensorProto
 
 from .graph import Graph, Node
 from .scheme import Scheme
@@ -26,6 +29,7 @@ DATA_MOVEMENT = frozenset(
     }
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
+_PRECISIONS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,22 @@ class Flow:
     @property
     def graph(self) -> Graph:
         return self.model.graph
+
+    @cached_property
+    def entrances(self) -> frozenset[str]:
+        """The values that come from outside: graph inputs, and what a Cast makes of one in another precision (`single_precision`)."""
+        graph = self.graph
+        narrow = {value.name for value in self.model.model.graph.input if value.type.tensor_type.elem_type in _PRECISIONS}
+        casts = (node for value in graph.inputs if value in narrow for node in graph.readers_of(value) if node.op_type == "Cast")
+        return frozenset(graph.inputs) | {node.outputs[0] for node in casts} & self.quantizable
+
+    @cached_property
+    def exits(self) -> frozenset[str]:
+        """The values that are handed out: graph outputs, and what a Cast makes one of in another precision."""
+        graph = self.graph
+        narrow = [value.name for value in self.model.model.graph.output if value.type.tensor_type.elem_type in _PRECISIONS]
+        casts = (graph.producer[value] for value in narrow if value in graph.producer)
+        return frozenset(graph.outputs) | {node.inputs[0] for node in casts if node.op_type == "Cast"} & self.quantizable
 
     def moves(self, node: Node) -> bool:
         return (
@@ -87,8 +107,8 @@ class Flow:
         return found
 
     def is_quantized_output(self, value: str) -> bool:
-        is_made = value in self.graph.producer  # an input that is handed out stays as it came
-        return is_made and value in self.graph.outputs and self.scheme.results == "all"
+        is_made = value not in self.entrances  # an input that is handed out stays as it came
+        return is_made and value in self.exits and self.scheme.results == "all"
 
     def _quantized_inputs(self, node: Node) -> tuple[str, ...]:
         """Of a weighted node only the activation (input 0) is an operand: a computed bias stays float."""
@@ -175,4 +195,4 @@ def is_quantized_result(flow: Flow, value: str, integer: AbstractSet[str]) -> bo
     if flow.scheme.results == "all":
         return (node.name in integer or node.op_type in FUSED_ACTIVATIONS) and result_of(flow.graph, node) == value
     fuses = flow.scheme.results == "convolutions" and node.op_type == "Conv" and node.name in integer
-    return fuses and result_of(flow.graph, node) == value and value not in flow.graph.outputs
+    return fuses and result_of(flow.graph, node) == value and value not in flow.exits

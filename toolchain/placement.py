@@ -142,16 +142,17 @@ def operand_copies(
 ) -> dict[str, Copy]:
     """The copies that operators on integers need of values, by the name of the copy.
 
-    Layers need one where another operator on integers reads the value in more bits; all do where the value is a graph input that is handed
-    out again, and so stays as it came.
+    Layers need one where another operator on integers reads the value in more bits; all do where the value is handed out and stays in
+    float: a graph input that is a graph output too, or what a Cast makes a graph output of.
 
     Arguments are those of `place`, for the model without copies.
     """
     graph = source.graph
     ground = _ground(source, types, scheme, precision, keep_float, islands, own)
     flow, integer = ground.flow, ground.integer
-    given_out = graph.outputs if scheme.results == "all" else map(flow.source, graph.outputs)
-    handed_out = set(graph.inputs).intersection(given_out)
+    is_all = scheme.results == "all"
+    handed_out = flow.entrances.intersection(flow.exits if is_all else map(flow.source, flow.exits))
+    handed_out |= frozenset() if is_all else flow.exits.difference(graph.outputs)
     taken = {*graph.inputs, *graph.constants, *graph.producer}
     copies: dict[str, Copy] = {}
     for value in [*graph.inputs, *graph.producer]:
