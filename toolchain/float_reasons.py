@@ -38,6 +38,8 @@ def float_reason(source: SourceModel, types: ValueTypes, node: Node, reasons: Ma
     if weight is None:
         if node.op_type in RECURRENT or (node.op_type in _FUSED and not node.is_standard):
             return "no integer form of this operator is supported"
+        if node.op_type == "Einsum" and any(name in graph.constants for name in node.inputs):
+            return "no integer form of its equation is supported"
         return None
     if node.name in reasons:
         return reasons[node.name]

@@ -91,12 +91,14 @@ def array(tensor: TensorProto) -> np.ndarray:
 
 
 def moved_out(model: onnx.ModelProto, file: Path) -> None:
-    """Move the weights that a model holds into a file, one after another, and let it say where they are."""
+    """Move the weights that a model holds, if any, into a file, one after another, and let it say where they are."""
+    held = [tensor for tensor in model.graph.initializer if len(tensor.raw_data) >= _SMALL]
+    if not held:
+        return
     with file.open("wb") as stream:
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) >= _SMALL:
-                _set_place(tensor, file.name, _written(tensor.raw_data, stream), len(tensor.raw_data), file.parent)
-                tensor.ClearField("raw_data")
+        for tensor in held:
+            _set_place(tensor, file.name, _written(tensor.raw_data, stream), len(tensor.raw_data), file.parent)
+            tensor.ClearField("raw_data")
 
 
 def brought_in(model: onnx.ModelProto) -> None:

@@ -9,6 +9,7 @@ from google.protobuf.message import DecodeError
 from onnx import inliner, numpy_helper
 
 from . import large, runtime
+from .equations import multiply_matrices
 from .errors import UnsupportedModelError, first_line
 from .folding import fold_channels
 from .loops import capture_constants
@@ -92,7 +93,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     if shelf is None and any(node.op_type == "BatchNormalization" for node in model.graph.node):
         model = runtime.cleaned(model)  # what it folded last (an Expand, as current torch writes biases) it could not look behind
     if shelf is not None:
-        (shelf / "read.weights").unlink()
+        (shelf / "read.weights").unlink(missing_ok=True)
     used = {node.domain for node in model.graph.node} | {"", "ai.onnx"} | domains
     imports = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
@@ -104,6 +105,9 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     unfuse(model.graph)
     capture_constants(model.graph)
     fold_channels(model.graph)
+    multiply_matrices(model)
+    if shelf is not None:
+        large.moved_out(model, shelf / "laid_out.weights")
     join_biases(model)
     split_sums(model.graph)
     spread_biases(model.graph)
