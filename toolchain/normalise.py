@@ -16,6 +16,7 @@ from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
 from .protos import defined, free_name, inferred_shapes, referenced, rename_values, subgraphs, value_names
 from .raising import MIN_OPSET, opset_of, raised
+from .sizes import fold_known_sizes
 from .unfusing import unfuse
 from .workarounds import avoid_defects
 
@@ -92,6 +93,10 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     model = runtime.cleaned(model, shelf)
     if shelf is None and any(node.op_type == "BatchNormalization" for node in model.graph.node):
         model = runtime.cleaned(model)  # what it folded last (an Expand, as current torch writes biases) it could not look behind
+    if fold_known_sizes(model):
+        model = runtime.cleaned(model, shelf, "cut")
+        if shelf is not None:
+            (shelf / "cleaned.weights").unlink(missing_ok=True)
     if shelf is not None:
         (shelf / "read.weights").unlink(missing_ok=True)
     used = {node.domain for node in model.graph.node} | {"", "ai.onnx"} | domains

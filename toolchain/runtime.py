@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime as ort
+from onnx import TensorProto, helper
 
 from . import large
 from .errors import UnsupportedModelError, UsageError, first_line
@@ -102,10 +103,10 @@ def optimized(model: Path, provider: str = CPU, optimization: Optimization = Opt
         return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
 
 
-def cleaned(model: onnx.ModelProto, shelf: Path | None = None) -> onnx.ModelProto:
+def cleaned(model: onnx.ModelProto, shelf: Path | None = None, name: str = "cleaned") -> onnx.ModelProto:
     """Return the model after ONNX Runtime's basic level: constants lifted and folded, BatchNorm and padding folded, identities removed.
 
-    With a `shelf`, a folder, its weights are outside, in a file there.
+    With a `shelf`, a folder, its weights are outside, in a file of this name there.
 
     Compared on the benchmark models: onnxruntime basic, onnxslim 0.1.98, onnxscript 0.7 and onnxsim 0.8 all keep value names and outputs.
     This one folds as much as the best of them, is the fastest (under 0.1 s), needs no further dependency, and is by construction what the
@@ -113,15 +114,45 @@ def cleaned(model: onnx.ModelProto, shelf: Path | None = None) -> onnx.ModelProt
     """
     with tempfile.TemporaryDirectory() as folder:
         options = Optimization.BASIC.options()
-        options.optimized_model_filepath = str(Path(folder) / "cleaned.onnx")
+        options.optimized_model_filepath = str(Path(folder) / f"{name}.onnx")
         if shelf is None:
             _open(model, options, CPU)
             return onnx.load(options.optimized_model_filepath)
-        options.optimized_model_filepath = str(shelf / "cleaned.onnx")
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "cleaned.weights")
+        options.optimized_model_filepath = str(shelf / f"{name}.onnx")
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{name}.weights")
         options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
         _open(model, options, CPU)
-        return large.load(shelf / "cleaned.onnx")
+        return large.load(shelf / f"{name}.onnx")
+
+
+def known_integers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """The computed integers that are the same for inputs of any size, single ones and vectors, by symbolic shape inference."""
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # imports sympy, which takes a while
+
+    inference = SymbolicShapeInference(int_max=2**31 - 1, auto_merge=False, guess_output_rank=False, verbose=0)
+    try:
+        inference._preprocess(model)
+        while inference.run_:
+            inference._infer_impl()
+    except Exception:  # whatever it makes of operators that it does not know: nothing is known then
+        return {}
+    found: dict[str, np.ndarray] = {}
+    for name, data in inference.sympy_data_.items():
+        kind = inference.known_vi_[name].type.tensor_type if name in inference.known_vi_ else None
+        if (
+            kind is None
+            or kind.elem_type not in (TensorProto.INT64, TensorProto.INT32)
+            or not kind.HasField("shape")
+            or len(kind.shape.dim) > 1
+        ):
+            continue
+        numbers = list(np.ravel(np.asarray(data, dtype=object)))
+        if not all(isinstance(number, int) or getattr(number, "is_Integer", False) for number in numbers):
+            continue
+        array = np.array([int(number) for number in numbers], helper.tensor_dtype_to_np_dtype(kind.elem_type))
+        if kind.shape.dim or array.size == 1:
+            found[name] = array if kind.shape.dim else array.reshape(())
+    return found
 
 
 def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:

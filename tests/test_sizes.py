@@ -1,0 +1,72 @@
+"""Weights that are cut out of others by sizes: constants, where the sizes are the same for any number of samples."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from tests import zoo
+from toolchain import large, runtime
+from toolchain.config import Config
+from toolchain.pipeline import quantize
+from toolchain.samples import Samples
+from toolchain.source import load_source
+
+WIDTH = 32
+SAMPLES = Samples({"x": np.random.default_rng(0).normal(size=(16, 5, WIDTH)).astype(np.float32)})
+
+
+def projections(axis: int, width: int | str = WIDTH) -> onnx.ModelProto:
+    """One constant cut in two where an axis of a value says, which was repeated for each sample as torch writes it."""
+    b = zoo.Builder({"x": ["N", 5, width]})
+    for name, numbers in {"zero": [0], "one": [1], "ones": [1, 1], "end": [2**31], "axis": [axis]}.items():
+        b.constant(name, np.array(numbers))
+    count = b.op("Slice", b.op("Shape", "x"), "zero", "one")
+    probe = b.op("Tile", b.constant("probe", np.ones((1, 1, WIDTH), np.float32)), b.op("Concat", count, "ones", axis=0))
+    size = b.op("Gather", b.op("Shape", probe if width == WIDTH else "x"), "axis")
+    weight = b.weight("projections", (2 * WIDTH, WIDTH), WIDTH)
+    first, second = b.op("Slice", weight, "zero", size, "zero"), b.op("Slice", weight, size, "end", "zero")
+    query = b.op("MatMul", probe, b.op("Transpose", first, perm=[1, 0]))
+    key = b.op("MatMul", "x", b.op("Transpose", second, perm=[1, 0]))
+    return b.model(b.op("MatMul", b.op("Add", query, key), b.weight("last", (WIDTH, 4), WIDTH)))
+
+
+def check(model: onnx.ModelProto, folder: Path) -> Any:
+    source = zoo.loaded(model, folder)
+    wanted, found = (runtime.run(runtime.session(one), SAMPLES.inputs) for one in (model, source.model))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+    return source
+
+
+def test_a_weight_that_is_cut_by_a_known_size_is_a_weight(tmp_path: Path) -> None:
+    source = check(projections(axis=2), tmp_path)
+    assert [source.constants[source.graph.weight(node) or ""].shape for node in source.graph.weighted] == [
+        (WIDTH, WIDTH),
+        (WIDTH, WIDTH),
+        (WIDTH, 4),
+    ]
+    found = quantize(source, SAMPLES, Config(algorithm="minmax", weight_bits=8, activation_bits=8, device="cpu"))
+    assert len(found.placement.weights) == 3
+    assert not found.placement.floats
+
+
+def test_one_that_is_cut_by_a_size_that_is_open_stays(tmp_path: Path) -> None:
+    source = check(projections(axis=2, width="width"), tmp_path)
+    assert len(source.graph.weighted) == 1
+
+
+def test_weights_outside_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "OUTSIDE", 100)
+    path = tmp_path / "model.onnx"
+    onnx.save(projections(axis=2), path)
+    source = load_source(path)
+    folder = large.folder_of(source.model)
+    assert folder is not None
+    assert [file.name for file in folder.iterdir() if file.suffix == ".weights"] == ["cut.weights"]
+    assert len(source.graph.weighted) == 3
+    wanted, found = (runtime.run(runtime.session(one), SAMPLES.inputs) for one in (path, source.model))
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
