@@ -44,6 +44,21 @@ def test_reasons(tmp_path: Path) -> None:
     assert any("Conv" in row.op_type and row.reason.endswith("is read in float") for row in addends)
 
 
+def test_what_is_laid_out_in_blocks_has_the_names_of_the_model(tmp_path: Path) -> None:
+    """ONNX Runtime makes a convolution of a BatchNormalization between others in float, and calls values `reorder_token_1`."""
+    b = zoo.Builder({"x": ["N", 16, 8, 8]})
+    first = b.op("Relu", b.conv("x", 16, 16), name="first")
+    parameters = [b.constant(name, np.linspace(0.5, 1.5, 16).astype(np.float32)) for name in ("scale", "shift", "mean", "variance")]
+    normal = b.op("BatchNormalization", first, *parameters, name="normal")
+    last = b.conv(b.op("Relu", normal), 16, 16)
+    rows = left(b.model(b.head(b.op("Relu", last), 16)), tmp_path, keep_float=("Conv",))
+    assert [(row.node, row.op_type, row.reason) for row in rows] == [
+        ("first", "Conv", "it reads 'x' in float"),
+        ("normal", "BatchNormalization", "it reads 'first' in float"),
+        (last, "Conv", "it reads 'normal' in float"),
+    ]
+
+
 def test_operators_without_an_integer_form(tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     x = b.op("ReduceMean", b.conv("x", 3, 8, act="relu"), axes=[2, 3], keepdims=0, name="mean")

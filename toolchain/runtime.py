@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 
 from . import large
 from .errors import UnsupportedModelError, UsageError, first_line
+from .protos import replace_nodes
 from .quant_table import FLOAT8
 
 ort.set_default_logger_severity(4)  # what fails is raised; ONNX Runtime would print it as well
@@ -28,6 +29,8 @@ Session = ort.InferenceSession
 BATCH = 64  # samples per run when the model leaves its batch axis open
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+BLOCKED_DOMAIN = "com.microsoft.nchwc"
+_BLOCKED = "_nchwc"
 # In front of an fp8 QuantizeLinear, ONNX Runtime 1.31 fails on a Clip and drops a Relu, as if negative numbers could not pass it.
 _FLOAT8_BREAKS = frozenset({"ClipQuantRewrite", "ReluQuantRewrite"})
 _WITHOUT_KERNELS = ("session.disable_quant_qdq", "1")
@@ -95,12 +98,39 @@ def kernel_counts(model: Path, provider: str = CPU) -> Counter[str]:
 
 
 def optimized(model: Path, provider: str = CPU, optimization: Optimization = Optimization.DEFAULT) -> onnx.GraphProto:
-    """The graph that ONNX Runtime executes for a file."""
+    """The graph that ONNX Runtime executes for a file, to be read: what it lays out in blocks has the names that it had before."""
     with tempfile.TemporaryDirectory() as folder:
         options = optimization.options()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         _open(model, options, provider)
-        return onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+    return _unblocked(graph)
+
+
+def _unblocked(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """The graph with the types and names that float operators had before they were laid out for the vector registers of the CPU.
+
+    There values are called `reorder_token_3`, a node is named after the value it makes, and BatchNormalization is a convolution.
+    """
+    named: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        node.input[:] = [named.get(value, value) for value in node.input]
+        is_blocked = node.domain == BLOCKED_DOMAIN
+        if is_blocked and node.op_type == "ReorderInput":
+            named[node.output[0]] = node.input[0]
+            continue
+        if is_blocked and node.op_type == "ReorderOutput" and node.input[0] == node.output[0]:
+            continue
+        if is_blocked and node.name.endswith(_BLOCKED):
+            is_normalization = node.name.endswith(f"_bn{_BLOCKED}")
+            node.name = node.name.removesuffix(_BLOCKED)
+            if is_normalization:
+                node.name, node.op_type = node.name.removesuffix("_bn"), "BatchNormalization"
+            named[node.output[0]] = node.output[0] = node.name
+        nodes.append(node)
+    replace_nodes(graph, nodes)
+    return graph
 
 
 def cleaned(model: onnx.ModelProto, shelf: Path | None = None, name: str = "cleaned") -> onnx.ModelProto:

@@ -10,11 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from . import large
+from . import large, runtime
 from .protos import read_counts, replace_nodes, value_names
 
 _FUSED = "com.microsoft"
-_NCHWC = "com.microsoft.nchwc"
 # What the parameters of a fused activation are called in the operator itself; Clip has them as inputs.
 _PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "Relu": (),
@@ -42,7 +41,7 @@ def unfuse(graph: onnx.GraphProto) -> None:
 
 def is_for_one_cpu(graph: onnx.GraphProto) -> bool:
     """Whether convolutions were laid out for the vector registers of the CPU that optimised the model: that cannot be undone."""
-    return any(node.domain == _NCHWC for node in graph.node)
+    return any(node.domain == runtime.BLOCKED_DOMAIN for node in graph.node)
 
 
 class _Editor:
