@@ -14,6 +14,7 @@ from toolchain.config import Config
 from toolchain.errors import UsageError
 from toolchain.importing import cut_blocks
 from toolchain.islands import find_islands
+from toolchain.noise import sqnr
 from toolchain.partition import MAX_REGION, Block, Rules, partition
 from toolchain.pipeline import quantize
 from toolchain.report import coverage
@@ -22,7 +23,6 @@ from toolchain.selection import own_precisions
 from toolchain.simulation import simulate
 from toolchain.source import SourceModel, infer_types
 from toolchain.survey import survey
-from toolchain.validation import sqnr
 
 MODELS = {
     "unet": architectures.unet(),

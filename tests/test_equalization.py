@@ -22,11 +22,11 @@ from toolchain.config import Config
 from toolchain.diagnosis import diagnose
 from toolchain.equalization import Equalized, equalize
 from toolchain.errors import UsageError
+from toolchain.noise import sqnr
 from toolchain.pipeline import quantize
 from toolchain.samples import Samples
 from toolchain.source import SourceModel
 from toolchain.suggestions import suggestions
-from toolchain.validation import sqnr
 
 WIDTH = 16
 EQUAL = 100.0  # dB: float32 rounds at about 140, and sums over 16 channels in another scale lose a few

@@ -18,13 +18,13 @@ from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
 from toolchain.kernels import KernelCheck, check_kernels, check_simulation
+from toolchain.noise import sqnr
 from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable
 from toolchain.runtime import Optimization
 from toolchain.samples import Samples
 from toolchain.simulation import simulate, simulated_values
 from toolchain.source import SourceModel
-from toolchain.validation import sqnr
 
 
 class Reader(CalibrationDataReader):

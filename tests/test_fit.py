@@ -15,13 +15,13 @@ from toolchain.activations import TorchModel
 from toolchain.config import Config
 from toolchain.examination import examine
 from toolchain.importing import cut_blocks
+from toolchain.noise import sqnr
 from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable
 from toolchain.quant_table import quantize as encode
 from toolchain.samples import Samples
 from toolchain.sensitivity import sensitivity
 from toolchain.source import SourceModel, infer_types
-from toolchain.validation import sqnr
 
 SAMPLES = zoo.images(16)
 

@@ -19,10 +19,10 @@ from toolchain import runtime
 from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.errors import MrecgError, UnsupportedModelError
+from toolchain.noise import sqnr
 from toolchain.pipeline import quantize
 from toolchain.source import load_source
 from toolchain.survey import inspect, sample_shapes
-from toolchain.validation import sqnr
 
 TINY = zoo.tiny_resnet()
 

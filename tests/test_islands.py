@@ -19,6 +19,7 @@ from toolchain.activations import Parts, TorchModel
 from toolchain.config import Config
 from toolchain.importing import cut_blocks
 from toolchain.islands import find_islands, island_rows
+from toolchain.noise import sqnr
 from toolchain.pipeline import Quantized, quantize
 from toolchain.quant_table import QuantTable
 from toolchain.report import coverage
@@ -27,7 +28,6 @@ from toolchain.simulation import simulate
 from toolchain.source import SourceModel, infer_types
 from toolchain.torch_import import block as torch_block
 from toolchain.torch_import.operator import NodeView, Operator
-from toolchain.validation import sqnr
 from toolchain.wording import island_lines
 
 FAST = Config(device="cpu", iterations=20, batch_size=8, weight_bits=8, activation_bits=8, units="none")

@@ -19,12 +19,13 @@ from toolchain.cli import main
 from toolchain.config import Config
 from toolchain.import_check import check_import, difference
 from toolchain.importing import cut_blocks
+from toolchain.noise import sqnr
 from toolchain.plot import picture
 from toolchain.report import validation_report
 from toolchain.run_folder import digest
 from toolchain.samples import Samples
 from toolchain.source import infer_types, load_source
-from toolchain.validation import class_output, parity, sqnr, validate
+from toolchain.validation import class_output, parity, validate
 from toolchain.wording import headline, worst_sqnr
 
 INF = np.inf

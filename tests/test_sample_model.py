@@ -9,11 +9,12 @@ import torch
 
 from exporters import export_qdq, write_model
 from toolchain.config import Config
+from toolchain.noise import sqnr
 from toolchain.pipeline import Quantized, quantize
 from toolchain.samples import Preprocessing, Samples, load_samples
 from toolchain.simulation import simulate
 from toolchain.source import SourceModel, load_source
-from toolchain.validation import ValidationReport, sqnr, validate
+from toolchain.validation import ValidationReport, validate
 
 FOLDER = Path(__file__).parent.parent / "sample_models"
 CPU = torch.device("cpu")

@@ -17,6 +17,7 @@ from tests.test_placement import placed
 from toolchain import runtime
 from toolchain.calibration import Histogram, calibrate_activation
 from toolchain.config import Config
+from toolchain.noise import sqnr
 from toolchain.pipeline import quantize
 from toolchain.quant_table import QuantTable, activation_spec
 from toolchain.runtime import Optimization
@@ -26,7 +27,6 @@ from toolchain.scores import Row, Scores, Sum
 from toolchain.simulation import simulate
 from toolchain.step_learning import LearnedSteps
 from toolchain.unit import NOT_FINITE
-from toolchain.validation import sqnr
 
 TOKENS = 12
 LOWEST = float(np.finfo(np.float32).min)

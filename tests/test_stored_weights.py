@@ -15,6 +15,7 @@ from toolchain import runtime
 from toolchain.config import Config
 from toolchain.errors import UnsupportedModelError
 from toolchain.kernels import check_simulation
+from toolchain.noise import sqnr
 from toolchain.pipeline import Quantized, quantize
 from toolchain.protos import subgraphs
 from toolchain.report import coverage
@@ -22,7 +23,6 @@ from toolchain.runtime import Optimization
 from toolchain.samples import Samples
 from toolchain.simulation import simulate, simulated_values
 from toolchain.source import SourceModel, load_source
-from toolchain.validation import sqnr
 
 RNG = np.random.default_rng(5)
 FAST = Config(device="cpu", algorithm="minmax", weight_bits=8, activation_bits=8)

@@ -8,27 +8,29 @@ with all activations, tell which of the two make the noise.
 """
 
 import tomllib
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from . import runtime
 from .equalization import evenable
 from .errors import UsageError
 from .graph import Node
+from .noise import Noise, sqnr
 from .progress import Progress
 from .protos import metadata
 from .quant_table import Copy
 from .runtime import Optimization
 from .samples import Samples
 from .source import SourceModel
-from .validation import sqnr
 
 _FED = "__float"
+_HELD = 1 << 28  # bytes of compared values of the float model at a time
 _MOST_TOGETHER = 3  # layers that are run float at the same time
 
 
@@ -123,7 +125,7 @@ def diagnose(
     Args:
         source: the float model.
         quantized: the file.
-        samples: all are used, and every compared value is held for all of them.
+        samples: all are used, as many at a time as a quarter of a GiB holds the compared values of.
         tried: how many of the layers that add most are run float one at a time.
         progress: called as the work proceeds.
 
@@ -138,20 +140,37 @@ def diagnose(
     observed = list(dict.fromkeys([*outputs, *origins.values()]))
     observed += _unseen(source, quantized, observed)
     made = [value for value in dict.fromkeys([*observed, *quantizers]) if value in source.graph.producer]
-    passes = list(runtime.passes(runtime.exposing(source.model, made), samples.inputs))
-    floats = runtime.together(passes) | dict(samples.inputs)
-    observed = [value for value in observed if value in floats and floats[value].dtype.kind == "f"]
-    running = _exposed(quantized, samples.inputs, observed)
-    cut = _fed_from(passes, floats, quantized, quantizers, observed)
-    added = {value: sqnr(floats[value], cut[value]) for value in observed}
-    total = {value: sqnr(floats[value], running[value]) for value in observed}
-    layers = _layers(source, quantized, quantizers, floats, added, total)
-    finals = {name: total[name] for name in outputs if name in total}
+    session = runtime.exposing(source.model, made)
+    running, cut = _Running(quantized, observed), _Cut(quantized, quantizers, observed)
+    grids = {name: _Grid.of(quantized, node) for name, node in quantizers.items()}
+    added, total = (defaultdict[str, list[Noise]](list) for _ in range(2))
+    fits: dict[str, list[_Fit]] = {name: [] for name in quantizers}
+    reference: list[dict[str, np.ndarray]] = []
+    parts = _parts(session, samples)
+    for position, part in enumerate(parts):
+        passes = list(runtime.passes(session, part.inputs))
+        floats = runtime.together(passes) | dict(part.inputs)
+        for found, values in ((total, running.values(part.inputs)), (added, cut.values(passes, floats))):
+            for name, array in values.items():
+                if name in floats and floats[name].dtype.kind == "f":
+                    found[name].append(Noise.of(floats[name], array))
+        for name, grid in grids.items():
+            fits[name].append(grid.fit(floats[name]))
+        reference.append({name: floats[name] for name in outputs if name in total})
+        progress("comparing values", position + 1, len(parts), float("nan"))
+    whole = {value: Noise.together(some).ratio for value, some in total.items()}
+    own = {value: Noise.together(some).ratio for value, some in added.items()}
+    layers = _layers(source, quantized, {name: _Fit.together(some) for name, some in fits.items()}, own, whole)
+    finals = {name: whole[name] for name in outputs if name in whole}
     worst = min(finals.values(), default=float("inf"))
 
     def output_of(changed: onnx.ModelProto) -> float:
-        found = _exposed(changed, samples.inputs, list(finals))
-        return float(min((sqnr(floats[name], found[name]) for name in finals), default=worst))
+        file, noise = _Running(changed, list(finals)), defaultdict[str, list[Noise]](list)
+        for part, wanted in zip(parts, reference, strict=True):
+            found = file.values(part.inputs)
+            for name in finals:
+                noise[name].append(Noise.of(wanted[name], found[name]))
+        return min((Noise.together(some).ratio for some in noise.values()), default=worst)
 
     def gain_of(names: Sequence[str]) -> float:
         return gained(output_of(_with_float_layers(source, quantized, quantizers, names)), worst)
@@ -215,51 +234,64 @@ def _quantizers(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, on
     return found
 
 
-def _exposed(model: onnx.ModelProto, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, np.ndarray]:
+def _parts(session: runtime.Session, samples: Samples) -> list[Samples]:
+    """The samples in parts whose values, as a session hands them out, take no more memory than they should."""
+    least = runtime.fixed_batch(session, samples.inputs) or 1
+    first = samples.first(least)
+    made = runtime.run(session, first.inputs)
+    size = least * max(1, _HELD // max(sum(array.nbytes for array in made.values()), 1))
+    return [samples.taken(np.arange(start, min(start + size, samples.count))) for start in range(0, samples.count, size)]
+
+
+class _Running:
     """Values from inside a model as the file says, node by node; what the model lacks is taken from the feeds."""
-    made = {value for node in model.graph.node for value in node.output}
-    inside = [name for name in names if name in made]
-    found = runtime.run(runtime.exposing(model, inside, Optimization.NONE), feeds, inside) if inside else {}
-    return found | {name: feeds[name] for name in names if name not in made and name in feeds}
+
+    def __init__(self, model: onnx.ModelProto, names: Sequence[str]) -> None:
+        made = {value for node in model.graph.node for value in node.output}
+        self._inside, self._given = ([name for name in names if (name in made) == is_made] for is_made in (True, False))
+        self._session = runtime.exposing(model, self._inside, Optimization.NONE) if self._inside else None
+
+    def values(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = runtime.run(self._session, feeds, self._inside) if self._session is not None else {}
+        return found | {name: feeds[name] for name in self._given if name in feeds}
 
 
-def _fed_from(
-    passes: Sequence[runtime.Pass],
-    floats: Mapping[str, np.ndarray],
-    quantized: onnx.ModelProto,
-    quantizers: Mapping[str, onnx.NodeProto],
-    observed: Sequence[str],
-) -> dict[str, np.ndarray]:
+class _Cut:
     """Values of the file with every quantizer reading the float model's value of the same pass, whole, whatever its axes count."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(quantized)
-    for node in changed.graph.node:
-        name = node.name.removesuffix("_QuantizeLinear")
-        if node.op_type == "QuantizeLinear" and name in quantizers:
-            node.input[0] = name + _FED
-    for name in quantizers:
-        changed.graph.input.append(helper.make_tensor_value_info(name + _FED, helper.np_dtype_to_tensor_dtype(floats[name].dtype), None))
-    del changed.graph.value_info[:]
-    made = {value for node in changed.graph.node for value in node.output}
-    inside, rest = [name for name in observed if name in made], {name: floats[name] for name in observed if name not in made}
-    if not inside:
-        return rest
-    session = runtime.exposing(changed, inside, Optimization.NONE)
-    taken = {entry.name for entry in session.get_inputs()}
 
-    def found(one: runtime.Pass) -> runtime.Pass:
-        given = dict(one.fed) | {name + _FED: one.made.get(name, one.fed.get(name)) for name in quantizers}
-        fed = {name: array for name, array in given.items() if name in taken}
-        return replace(one, made=runtime.execute(session, fed, inside))
+    def __init__(self, quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], observed: Sequence[str]) -> None:
+        made = {value for node in quantized.graph.node for value in node.output}
+        self._inside, self._rest = ([name for name in observed if (name in made) == is_made] for is_made in (True, False))
+        self._quantizers = quantizers
+        changed = onnx.ModelProto()
+        changed.CopyFrom(quantized)
+        for node in changed.graph.node:
+            name = node.name.removesuffix("_QuantizeLinear")
+            if node.op_type == "QuantizeLinear" and name in quantizers:
+                node.input[0] = name + _FED
+        for name in quantizers:
+            changed.graph.input.append(helper.make_tensor_value_info(name + _FED, TensorProto.FLOAT, None))
+        del changed.graph.value_info[:]
+        self._session = runtime.exposing(changed, self._inside, Optimization.NONE) if self._inside else None
 
-    return runtime.together(map(found, passes)) | rest
+    def values(self, passes: Iterable[runtime.Pass], floats: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rest = {name: floats[name] for name in self._rest if name in floats}
+        if self._session is None:
+            return rest
+        session, taken = self._session, {entry.name for entry in self._session.get_inputs()}
+
+        def found(one: runtime.Pass) -> runtime.Pass:
+            given = dict(one.fed) | {name + _FED: one.made.get(name, one.fed.get(name)) for name in self._quantizers}
+            fed = {name: array for name, array in given.items() if name in taken}
+            return replace(one, made=runtime.execute(session, fed, self._inside))
+
+        return runtime.together(map(found, passes)) | rest
 
 
 def _layers(
     source: SourceModel,
     quantized: onnx.ModelProto,
-    quantizers: Mapping[str, onnx.NodeProto],
-    floats: Mapping[str, np.ndarray],
+    fits: Mapping[str, "_Fit"],
     added: Mapping[str, float],
     total: Mapping[str, float],
 ) -> list[LayerError]:
@@ -268,7 +300,6 @@ def _layers(
     made = {value for node in quantized.graph.node for value in node.output}
     weights = [name for node in graph.weighted if (name := graph.weight(node)) is not None and name in made]
     dequantized = _dequantized(quantized, weights)
-    fitted = {name: _on_grid(quantized, node, floats[name]) for name, node in quantizers.items()}
     codes = _codes(quantized)
     rows = []
     for node in graph.weighted:
@@ -277,7 +308,7 @@ def _layers(
         if value is None or weight is None:
             continue
         own = sqnr(source.constants[weight], dequantized[weight]) if weight in dequantized else None
-        rows.append((node, value, own, fitted.get(node.inputs[0], _Fit()), codes.get(f"{weight}_DequantizeLinear")))
+        rows.append((node, value, own, fits.get(node.inputs[0], _Fit()), codes.get(f"{weight}_DequantizeLinear")))
     noise = {value: 10 ** (-added[value] / 10) for _, value, *_ in rows}
     whole = sum(noise.values()) or 1.0
     layers = [
@@ -289,9 +320,9 @@ def _layers(
             total[value],
             noise[value] / whole,
             own,
-            fit.ratio,
-            fit.clipped,
-            fit.clip_noise,
+            fit.noise.ratio if fit.count else None,
+            fit.clipped / max(fit.count, 1),
+            fit.clip_noise / max(fit.noise.noise, 1e-300),
             _bits(codes) if codes is not None else None,
             fit.bits,
         )
@@ -349,36 +380,54 @@ def _bits(ends: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class _Fit:
-    """Values on a grid: signal to noise in dB, the share that is clipped, the share of the noise that is theirs, and the grid's bits."""
+    """Values on a grid: their noise, how many there are, how many are clipped, what noise these make, and the grid's bits."""
 
-    ratio: float | None = None
-    clipped: float = 0.0
+    noise: Noise = field(default_factory=Noise)
+    count: int = 0
+    clipped: int = 0
     clip_noise: float = 0.0
     bits: int | None = None
 
+    @classmethod
+    def together(cls, parts: Sequence["_Fit"]) -> "_Fit":
+        noise = Noise.together(part.noise for part in parts)
+        count, clipped = sum(part.count for part in parts), sum(part.clipped for part in parts)
+        return cls(noise, count, clipped, sum(part.clip_noise for part in parts), parts[0].bits if parts else None)
 
-def _on_grid(quantized: onnx.ModelProto, quantizer: onnx.NodeProto, values: np.ndarray) -> _Fit:
-    """How values sit on their grid; bounds that stand for a Relu or Clip clip nothing."""
-    constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
-    scale, zero_point = (numpy_helper.to_array(constants[name]) for name in quantizer.input[1:3])
-    name = quantizer.name.removesuffix("_QuantizeLinear")
-    info = np.iinfo(zero_point.dtype) if zero_point.dtype.kind in "iu" else None
-    clip = next((node for node in quantized.graph.node if node.name == f"{name}_Clip" and node.input[0] == quantizer.output[0]), None)
-    limits = [constants[limit] for limit in clip.input[1:3]] if clip is not None else [None, None]
-    low, high = (
-        float(numpy_helper.to_array(limit)) if limit is not None else float(getattr(info, end)) if info is not None else None
-        for limit, end in zip(limits, ("min", "max"), strict=True)
-    )
-    codes = np.rint(values.astype(np.float32) / scale) + zero_point.astype(np.float32)
-    clipped = np.clip(codes, low, high) if low is not None and high is not None else codes
-    back = (clipped - zero_point.astype(np.float32)) * scale
-    noise = np.square((values - back).astype(np.float64))
-    return _Fit(
-        sqnr(values, back),
-        float((codes != clipped).mean()),
-        float(noise[codes != clipped].sum() / max(noise.sum(), 1e-300)),
-        int(high - low).bit_length() if low is not None and high is not None else None,
-    )
+
+@dataclass(frozen=True)
+class _Grid:
+    """The grid of a quantizer and the ends of its codes; bounds that stand for a Relu or Clip clip nothing."""
+
+    scale: np.ndarray
+    zero_point: np.ndarray
+    low: float | None
+    high: float | None
+
+    @classmethod
+    def of(cls, quantized: onnx.ModelProto, quantizer: onnx.NodeProto) -> "_Grid":
+        constants = {tensor.name: tensor for tensor in quantized.graph.initializer}
+        scale, zero_point = (numpy_helper.to_array(constants[name]) for name in quantizer.input[1:3])
+        name = quantizer.name.removesuffix("_QuantizeLinear")
+        info = np.iinfo(zero_point.dtype) if zero_point.dtype.kind in "iu" else None
+        clip = next((node for node in quantized.graph.node if node.name == f"{name}_Clip" and node.input[0] == quantizer.output[0]), None)
+        limits = [constants[limit] for limit in clip.input[1:3]] if clip is not None else [None, None]
+        low, high = (
+            float(numpy_helper.to_array(limit)) if limit is not None else float(getattr(info, end)) if info is not None else None
+            for limit, end in zip(limits, ("min", "max"), strict=True)
+        )
+        return cls(scale, zero_point, low, high)
+
+    def fit(self, values: np.ndarray) -> _Fit:
+        zero_point = self.zero_point.astype(np.float32)
+        codes = np.rint(values.astype(np.float32) / self.scale) + zero_point
+        has_ends = self.low is not None and self.high is not None
+        clipped = np.clip(codes, self.low, self.high) if has_ends else codes
+        back = (clipped - zero_point) * self.scale
+        beyond = codes != clipped
+        clip_noise = float(np.square((values[beyond] - back[beyond]).astype(np.float64)).sum())
+        bits = int(self.high - self.low).bit_length() if self.low is not None and self.high is not None else None
+        return _Fit(Noise.of(values, back), values.size, int(beyond.sum()), clip_noise, bits)
 
 
 def _with_float_weights(source: SourceModel, quantized: onnx.ModelProto) -> onnx.ModelProto:

@@ -8,10 +8,10 @@ import torch
 
 from .activations import TorchModel, observed
 from .fake_quant import fake_quantize
+from .noise import sqnr
 from .quant_table import BIAS_BITS, QuantTable, TensorQuant
 from .samples import Samples
 from .source import SourceModel
-from .validation import sqnr
 
 _BINS = 96
 

@@ -4,10 +4,10 @@ import numpy as np
 
 from . import runtime
 from .errors import UnsupportedModelError
+from .noise import sqnr
 from .samples import Samples
 from .simulation import few_samples
 from .source import SourceModel
-from .validation import sqnr
 from .wording import counted
 
 LEAST = 40.0  # dB: float32 sums in another order stay far above, other coordinates, axes or modes far below

@@ -9,9 +9,9 @@ import torch
 
 from .activations import Parts, Passes, Piece, TorchModel, Value, run_piece, unpacked
 from .graph import Node
+from .noise import sqnr
 from .quant_table import QuantTable
 from .samples import Samples
-from .validation import sqnr
 
 SAMPLES = 16  # enough to rank layers: their output noise differs by tens of dB
 

@@ -15,6 +15,7 @@ from .errors import UnsupportedModelError
 from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
 from .graph import WEIGHT_INPUT
 from .kernels import KernelCheck, check_kernels
+from .noise import sqnr
 from .outcomes import pack
 from .runtime import Optimization
 from .samples import Samples, check_labels
@@ -259,25 +260,6 @@ def top_k(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
 def agreement(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None) -> float | None:
     """Percent of equal predictions."""
     return float((predicted(a[head]) == predicted(b[head])).mean() * 100) if head is not None else None
-
-
-def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
-    """Signal to quantization noise, 10 log10(sum x^2 / sum (x - y)^2), in dB over all samples; inf for equal arrays.
-
-    Of strings, those that differ are noise. Arrays of different shapes (boxes, of which there may be more or fewer) have 0 dB, and so have
-    those of which one alone is NaN or infinite somewhere; where both are, they are alike.
-    """
-    if reference.shape != other.shape:
-        return 0.0
-    if reference.dtype.kind in "OSU":
-        reference, other = np.ones(reference.shape), reference == other
-    reference, other = reference.astype(np.float64), other.astype(np.float64)
-    alike = (reference == other) | (np.isnan(reference) & np.isnan(other))
-    reference, other = (np.where(alike & ~np.isfinite(array), 0.0, array) for array in (reference, other))
-    if not (np.isfinite(reference).all() and np.isfinite(other).all()):
-        return 0.0
-    noise = float(np.square(reference - other).sum())
-    return float(10 * np.log10(max(float(np.square(reference).sum()), 1e-300) / noise)) if noise > 0 else float("inf")
 
 
 def parity(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], head: str | None, selected: Collection[str] = ()) -> Parity:

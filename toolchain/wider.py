@@ -15,13 +15,13 @@ from .config import Config
 from .config_file import settings_of, split
 from .device import pick_device
 from .errors import UsageError
+from .noise import sqnr
 from .pipeline import quantize
 from .progress import Progress
 from .retarget import rounded_to_nearest
 from .samples import Samples
 from .simulation import simulate
 from .source import SourceModel
-from .validation import sqnr
 
 SAMPLES = 64  # each to calibrate and to measure on: with 16 the larger gain was not always found, with 64 it was, on five models
 _LEAST = 8

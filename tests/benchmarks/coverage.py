@@ -186,12 +186,12 @@ def measure(path: Path, count: int, iterations: int) -> dict[str, Any]:
     from toolchain.cpu import keep_freed_memory
     from toolchain.import_check import difference
     from toolchain.islands import island_rows
+    from toolchain.noise import sqnr
     from toolchain.pipeline import quantize
     from toolchain.quant_table import QuantTable
     from toolchain.simulation import simulate
     from toolchain.source import load_source
     from toolchain.survey import inspect, sample_shapes
-    from toolchain.validation import sqnr
 
     keep_freed_memory()
     torch.set_num_threads(1)

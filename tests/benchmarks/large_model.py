@@ -81,11 +81,11 @@ def main() -> None:
     from exporters import export_qdq, write_model
     from toolchain import large, runtime
     from toolchain.config import Config
+    from toolchain.noise import sqnr
     from toolchain.pipeline import quantize
     from toolchain.report import environment
     from toolchain.samples import Samples
     from toolchain.source import load_source
-    from toolchain.validation import sqnr
 
     torch.set_num_threads(1)
     args.scratch.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,11 @@ from toolchain import report, runtime
 from toolchain.config import Config
 from toolchain.config_file import parse_precision
 from toolchain.float_operators import INTEGER_PREFIXES, float_operators
+from toolchain.noise import sqnr
 from toolchain.pipeline import quantize
 from toolchain.samples import Preprocessing, Samples, load_samples
 from toolchain.source import load_source
-from toolchain.validation import agreement, class_output, sqnr, top_k
+from toolchain.validation import agreement, class_output, top_k
 
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _WHOLE_RANGE = "-full"

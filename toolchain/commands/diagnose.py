@@ -22,9 +22,7 @@ _MOST_LAYERS = 15  # in the table
 @click.option(
     "--data", "place", cls=Option, is_file=True, metavar="DATA", help="Samples to run: .npz, .npy, an image folder, or module:function."
 )
-@click.option(
-    "--samples", type=int, default=16, show_default=True, help="Most samples to use; every compared value is held for all of them."
-)
+@click.option("--samples", type=int, default=16, show_default=True, help="Most samples to use.")
 @click.option(
     "--try", "tried", type=int, default=8, show_default=True, help="Layers to run float one at a time, worst first; 0: try nothing."
 )
