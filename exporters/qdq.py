@@ -14,6 +14,10 @@ quantizer is folded into those bounds, which is exact: rounding is monotone, so 
 Runtimes that take nothing between the two (TensorRT, OpenVINO, QNN) get that Clip on the floats in front of QuantizeLinear, between the
 ends of the grid, which is exact for the same reason; there Relu and Clip stay.
 
+A HardSigmoid of a quantized value is an Add with its ends cut off by the quantizer behind it, whose grid is from 0 to 1: `v_scaled` is that
+value dequantized with a scale that has the factor in it, `v_shift` what is added. ONNX Runtime has no integer kernel for HardSigmoid, which
+takes it four passes over floats, and one for Add.
+
 A layer may read a value on a grid of its own (`toolchain.copies`). DequantizeLinear and QuantizeLinear take ONNX Runtime's CPU provider two
 passes over the value, in floats; with an Add of zero between them they are one QLinearAdd. `v_zero_code` is that zero: a constant of its
 own, for ONNX Runtime gives an operand another shape than a zero point may have. QLinearAdd makes fewer roundings: where a code of the value
@@ -43,7 +47,8 @@ METADATA_PREFIX = "mrecg_onnx."
 _LONG = 32  # characters
 _SUFFIXES = (  # of the values around a value
     *("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes"),
-    *("_zero", "_zero_code", "_rescaled"),
+    *("_zero", "_zero_code", "_rescaled", "_scaled", "_shift", "_shifted"),
+    *("_scaled_scale", "_shift_code", "_shift_scale", "_shift_zero_point"),
 )
 _INT2_TARGETS = ("ort-cpu", "ort-cuda", "academic")  # runtimes other than ONNX Runtime have no 2-bit integers
 
@@ -201,6 +206,7 @@ class _Editor:
         self._kept_as_codes: set[str] = set()
         self._with_parameters: set[str] = set()
         self._bases: dict[str, str] = {}
+        self._held_as: dict[str, str] = {}  # value -> the integers that its DequantizeLinear reads
         self._taken = {*self._constants, *(value.name for value in graph.input), *_inner_names(graph.node)}
 
     def edit(self) -> None:
@@ -232,6 +238,10 @@ class _Editor:
             if value.name in renamed:
                 nodes += self._pair(value.name, value.name, table[value.name], (None, None))
         for node in self._graph.node:
+            gate = self._hard_sigmoid(node)
+            if gate is not None:
+                nodes += gate
+                continue
             kept = _copied(node)
             _rename(kept, renamed)
             quantized = [output for output in node.output if output in renamed]
@@ -247,6 +257,39 @@ class _Editor:
         del self._graph.node[:]
         self._graph.node.extend(nodes)
         self._replace_initializers()
+
+    def _hard_sigmoid(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        """A HardSigmoid as an Add that saturates, between codes of one 8-bit type; None where it must stay."""
+        if node.op_type != "HardSigmoid" or node.domain not in ("", "ai.onnx") or "HardSigmoid" not in self._scheme.elementwise:
+            return None
+        x, name = node.input[0], node.output[0]
+        grid, operand = self._table.tensors.get(name), self._table.tensors.get(x)
+        attributes = {attribute.name: attribute.f for attribute in node.attribute}
+        alpha, beta = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
+        if grid is None or operand is None or x not in self._held_as or alpha <= 0:
+            return None
+        storage = self._storages[name]
+        ends = dequantize(np.array([storage.low, storage.high]), grid)
+        is_byte = not storage.is_float and storage.dtype.itemsize == 1 and self._storages[x] == storage
+        if not is_byte or (grid.spec.qmin, grid.spec.qmax) != (storage.low, storage.high) or np.abs(ends - (0, 1)).max() > 1e-6:
+            return None
+        short, zero_point = self._short(name), self._parameters(x, operand, storage)[1]
+        scale = np.float32(alpha) * np.asarray(operand.scale, np.float32)
+        scaled, shift, shifted = (f"{short}_{key}" for key in ("scaled", "shift", "shifted"))
+        code, zero = (storage.high, storage.low) if beta >= 0 else (storage.low, storage.high)
+        step = np.float32(abs(beta) / (storage.high - storage.low)) if beta else np.float32(1)
+        numbers = {"shift_code": code if beta else zero, "shift_scale": step, "shift_zero_point": zero}
+        constants = [
+            self._constant(f"{short}_{key}", np.asarray(number, np.float32 if key == "shift_scale" else storage.dtype))
+            for key, number in numbers.items()
+        ]
+        operands = [self._held_as[x], self._constant(f"{short}_scaled_scale", scale), zero_point]
+        return [
+            helper.make_node("DequantizeLinear", operands, [scaled], f"{name}_Scaled"),
+            helper.make_node("DequantizeLinear", constants, [shift], f"{name}_Shift"),
+            helper.make_node("Add", [scaled, shift], [shifted], node.name),
+            *self._pair(name, shifted, grid, (None, None)),
+        ]
 
     def _absorbed(self, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
         """The float bounds of a Relu or Clip that the quantizer behind it takes over (of a copy: none); None where the node must stay."""
@@ -294,6 +337,7 @@ class _Editor:
             nodes.append(helper.make_node("Clip", [quantized, *limits], [clipped], f"{name}_Clip"))
             quantized = clipped
         nodes.append(helper.make_node("DequantizeLinear", [quantized, *parameters], [self._dequantized(name)], f"{name}_DequantizeLinear"))
+        self._held_as[name] = quantized
         return nodes
 
     def _is_rescaled(self, grid: TensorQuant, storage: Storage) -> bool:

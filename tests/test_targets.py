@@ -140,7 +140,7 @@ def test_differences_are_named() -> None:
     found = TARGETS["ort-cpu"].differences(TARGETS["tensorrt"])
     assert "activation symmetric: False -> True" in found
     assert "bias: int32 -> steps" in found
-    assert any(entry.startswith("elementwise: without Concat, LeakyRelu") for entry in found)
+    assert any(entry.startswith("elementwise: without Concat, HardSigmoid, LeakyRelu") for entry in found)
     assert TARGETS["qnn"].differences(TARGETS["qnn"]) == ()
 
 

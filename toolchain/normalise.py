@@ -12,6 +12,7 @@ from . import large, runtime
 from .equations import multiply_matrices
 from .errors import UnsupportedModelError, first_line
 from .folding import fold_channels
+from .gates import join_gates
 from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
 from .protos import defined, free_name, inferred_shapes, referenced, rename_values, subgraphs, value_names
@@ -21,7 +22,7 @@ from .unfusing import unfuse
 from .workarounds import avoid_defects
 
 # Of the nodes that `exporters.qdq` makes for a value.
-_EXPORT_SUFFIXES = ("_QuantizeLinear", "_DequantizeLinear", "_LookupDequantizeLinear", "_Clip", "_Zero", "_Add")
+_EXPORT_SUFFIXES = ("_QuantizeLinear", "_DequantizeLinear", "_LookupDequantizeLinear", "_Clip", "_Zero", "_Add", "_Scaled", "_Shift")
 # ONNX Runtime's MatMulAddFusion names the shapes it makes so, without looking whether a constant has that name, and then refuses the model.
 _RUNTIME_NAMES = ("gemm_input_shape", "gemm_output_shape", "gemm_input_reshape", "gemm_output_reshape")
 
@@ -108,6 +109,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _forget_shapes_of_constants(model.graph)
     _free_names(model.graph)
     unfuse(model.graph)
+    join_gates(model.graph)
     capture_constants(model.graph)
     fold_channels(model.graph)
     multiply_matrices(model)

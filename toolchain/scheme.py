@@ -10,7 +10,7 @@ _BIASES = {"int32": "int32", "steps": "float, in int32 steps,", "float": "float"
 # Softmax over many classes fills little of its range, so that only targets which ask for it fix it (`Scheme.known_ranges`).
 KNOWN_RANGES: Mapping[str, tuple[float, float]] = {
     "Sigmoid": (0.0, 1.0),
-    "HardSigmoid": (0.0, 1.0),
+    "HardSigmoid": (0.0, 256 / 255),  # which reaches 1: the highest of 8-bit codes stands for it
     "Softmax": (0.0, 1.0),
     "Tanh": (-1.0, 1.0),
 }
@@ -121,7 +121,7 @@ TARGETS: Mapping[str, Scheme] = {
             "only where a convolution's result is quantized behind its activation; a Clip on the integers keeps them fused. CPUs without "
             "VNNI saturate pairs of 8-bit products, hence steps of weights on which no pair gets there. Softmax stays float: an encoder "
             "takes 1.05 to 1.6 times as long with its integer kernel, which sums in 32 bits and makes zeros of rows of one.",
-            elementwise=_QLINEAR,
+            elementwise=_QLINEAR | {"HardSigmoid"},
             results="convolutions",
             bias="int32",
             saturation="integer",
@@ -208,10 +208,13 @@ ORT_CPU = TARGETS["ort-cpu"]
 def scheme_for(target: str, weight_scheme: str | None, activation_scheme: str | None, storage: str | None = None) -> Scheme:
     """A target's rules, with the kinds of grids and the storage that were asked for by hand."""
     preset = TARGETS[target]
+    around_zero = preset.activation_symmetric if activation_scheme is None else activation_scheme == "symmetric"
     return replace(
         preset,
         weight_symmetric=preset.weight_symmetric if weight_scheme is None else weight_scheme == "symmetric",
-        activation_symmetric=preset.activation_symmetric if activation_scheme is None else activation_scheme == "symmetric",
+        activation_symmetric=around_zero,
+        # A HardSigmoid on integers is the saturation at both ends of a grid from 0 to 1.
+        elementwise=preset.elementwise - {"HardSigmoid"} if around_zero else preset.elementwise,
         storage=storage or preset.storage,
     )
 
