@@ -56,7 +56,7 @@ def test_samples_that_do_not_fit_together_are_compared_in_parts(
     case: tuple[SourceModel, QuantTable, Diagnosis], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, table, whole = case
-    monkeypatch.setattr(diagnosis_room, "_HELD", 5 * 4 * 10_000)  # some five samples of this network
+    monkeypatch.setattr(diagnosis_room, "_HELD", 4 * 10_000)  # few samples of this network
     steps: list[tuple[str, int, int]] = []
     found = diagnose(source, export_qdq(source.model, table), SAMPLES, 9, lambda what, done, of, _: steps.append((what, done, of)))
     assert [step for step in steps if step[0] == "comparing values"][-1][2] > 2
