@@ -243,6 +243,8 @@ class _Editor:
                 nodes += gate
                 continue
             kept = _copied(node)
+            if (number := self._added(kept)) is not None:
+                nodes.append(number)
             _rename(kept, renamed)
             quantized = [output for output in node.output if output in renamed]
             bounds = self._absorbed(node) if quantized == list(node.output) else None
@@ -263,33 +265,54 @@ class _Editor:
         if node.op_type != "HardSigmoid" or node.domain not in ("", "ai.onnx") or "HardSigmoid" not in self._scheme.elementwise:
             return None
         x, name = node.input[0], node.output[0]
-        grid, operand = self._table.tensors.get(name), self._table.tensors.get(x)
         attributes = {attribute.name: attribute.f for attribute in node.attribute}
         alpha, beta = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
-        if grid is None or operand is None or x not in self._held_as or alpha <= 0:
+        if not self._shares_bytes(x, name) or alpha <= 0:
             return None
-        storage = self._storages[name]
+        grid, operand, storage = self._table[name], self._table[x], self._storages[name]
         ends = dequantize(np.array([storage.low, storage.high]), grid)
-        is_byte = not storage.is_float and storage.dtype.itemsize == 1 and self._storages[x] == storage
-        if not is_byte or (grid.spec.qmin, grid.spec.qmax) != (storage.low, storage.high) or np.abs(ends - (0, 1)).max() > 1e-6:
+        if (grid.spec.qmin, grid.spec.qmax) != (storage.low, storage.high) or np.abs(ends - (0, 1)).max() > 1e-6:
             return None
-        short, zero_point = self._short(name), self._parameters(x, operand, storage)[1]
-        scale = np.float32(alpha) * np.asarray(operand.scale, np.float32)
-        scaled, shift, shifted = (f"{short}_{key}" for key in ("scaled", "shift", "shifted"))
-        code, zero = (storage.high, storage.low) if beta >= 0 else (storage.low, storage.high)
-        step = np.float32(abs(beta) / (storage.high - storage.low)) if beta else np.float32(1)
-        numbers = {"shift_code": code if beta else zero, "shift_scale": step, "shift_zero_point": zero}
-        constants = [
-            self._constant(f"{short}_{key}", np.asarray(number, np.float32 if key == "shift_scale" else storage.dtype))
-            for key, number in numbers.items()
-        ]
-        operands = [self._held_as[x], self._constant(f"{short}_scaled_scale", scale), zero_point]
+        scaled, shifted = (f"{self._short(name)}_{key}" for key in ("scaled", "shifted"))
+        step = self._constant(f"{scaled}_scale", np.float32(alpha) * np.asarray(operand.scale, np.float32))
+        operands = [self._held_as[x], step, self._parameters(x, operand, storage)[1]]
+        number = self._number(name, beta, storage)
         return [
             helper.make_node("DequantizeLinear", operands, [scaled], f"{name}_Scaled"),
-            helper.make_node("DequantizeLinear", constants, [shift], f"{name}_Shift"),
-            helper.make_node("Add", [scaled, shift], [shifted], node.name),
+            number,
+            helper.make_node("Add", [scaled, number.output[0]], [shifted], node.name),
             *self._pair(name, shifted, grid, (None, None)),
         ]
+
+    def _shares_bytes(self, x: str, y: str) -> bool:
+        """Whether an operand and a result are on grids of one 8-bit integer type."""
+        if x not in self._held_as or y not in self._table or self._storages[x] != self._storages[y]:
+            return False
+        return not self._storages[y].is_float and self._storages[y].dtype.itemsize == 1
+
+    def _number(self, name: str, number: float, storage: Storage) -> onnx.NodeProto:
+        """What makes a number that is added for a value, of the code at one end of a grid whose zero is at the other."""
+        shift = f"{self._short(name)}_shift"
+        step = np.float32(abs(number) / (storage.high - storage.low)) if number else np.float32(1)
+        zero, code = (storage.low, storage.high) if number >= 0 else (storage.high, storage.low)
+        parts = {"code": np.asarray(code if number else zero), "scale": step, "zero_point": np.asarray(zero)}
+        arrays = {key: array if key == "scale" else array.astype(storage.dtype) for key, array in parts.items()}
+        operands = [self._constant(f"{shift}_{key}", array) for key, array in arrays.items()]
+        return helper.make_node("DequantizeLinear", operands, [shift], f"{name}_Shift")
+
+    def _added(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
+        """What makes the number that an Add on integers adds, which the node is given; None where it adds none."""
+        if node.op_type != "Add" or not self._scheme.numbers or node.domain not in ("", "ai.onnx"):
+            return None
+        index = next((index for index, name in enumerate(node.input) if name in self._constants), None)
+        if index is None or not self._shares_bytes(node.input[1 - index], node.output[0]):
+            return None
+        tensor = self._constants[node.input[index]]
+        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) > 1 or int(np.prod(tensor.dims)) != 1:
+            return None
+        made = self._number(node.output[0], float(large.array(tensor).reshape(())), self._storages[node.output[0]])
+        node.input[index] = made.output[0]
+        return made
 
     def _absorbed(self, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
         """The float bounds of a Relu or Clip that the quantizer behind it takes over (of a copy: none); None where the node must stay."""

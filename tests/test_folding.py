@@ -1,5 +1,6 @@
 """Constants by channel are folded into the convolution that they follow, whatever axes are changed between."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -92,5 +93,122 @@ def test_nodes_without_names_are_told_apart() -> None:
     model = sequence(["Add", "Mul"], [CHANNELS.reshape(1, 4, 1)] * 2, ["Squeeze"])
     for node in model.graph.node:
         node.name = ""
-    fold_channels(model.graph)
+    fold_channels(model)
     assert [node.op_type for node in model.graph.node] == ["Conv", "Squeeze", "Tanh"]
+
+
+# ---------------------------------------------------------------- one number, in front of layers
+
+NUMBERS = {"x": np.random.default_rng(0).normal(size=(2, 3, 6, 7)).astype(np.float32)}
+
+
+def kinds_of(b: zoo.Builder, outputs: list[str], folder: Path) -> list[str]:
+    """The operators of the loaded model, which computes what the file does."""
+    model = b.model(*outputs)
+    source = zoo.loaded(model, folder)
+    wanted, found = (runtime.run(runtime.session(one), NUMBERS) for one in (model, source.model))
+    for name, array in wanted.items():
+        np.testing.assert_allclose(found[name], array, atol=2e-5, rtol=2e-5)  # float32: scaled weights round otherwise
+    return [node.op_type for node in source.graph.nodes]
+
+
+def images() -> tuple[zoo.Builder, str]:
+    b = zoo.Builder({"x": ["N", 3, 6, 7]})
+    return b, b.op("Tanh", b.conv("x", 3, 4))
+
+
+def numbered(b: zoo.Builder, x: str, *steps: tuple[str, float], shape: tuple[int, ...] = (1,)) -> str:
+    for kind, number in steps:
+        x = b.op(kind, x, b.constant(f"number{len(b.nodes)}", np.full(shape, number, np.float32)))
+    return x
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["Mul", "Div", "Add", "Sub"]), st.sampled_from([-1.5, 0.3, 2.0])), min_size=1, max_size=3),
+    kernel=st.sampled_from([1, 3]),
+    readers=st.integers(1, 2),
+    bias=st.booleans(),
+)
+def test_numbers_in_front_of_convolutions(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, float]], kernel: int, readers: int, bias: bool
+) -> None:
+    """Factors go into the weights; what is added does where nothing is padded."""
+    b, x = images()
+    y = numbered(b, x, *steps)
+    kinds = kinds_of(b, [b.conv(y, 4, 5, kernel, bias=bias) for _ in range(readers)], tmp_path_factory.mktemp("law"))
+    turns = sum(one[0] in ("Add", "Sub") and other[0] in ("Mul", "Div") for one, other in itertools.pairwise(steps))
+    if turns == 0 or kernel == 1:
+        assert not {"Mul", "Div"} & set(kinds)
+    if kernel == 1:
+        assert not {"Add", "Sub"} & set(kinds)
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_numbers_in_front_of_matrix_products(turned: int, alpha: float, tmp_path: Path) -> None:
+    b, x = images()
+    y = numbered(b, b.op("Flatten", b.op("GlobalAveragePool", x)), ("Mul", 0.7), ("Add", 0.2))
+    weight = b.weight("w", (5, 4) if turned else (4, 5), 4)
+    z = b.op("Gemm", y, weight, b.constant("bias", np.ones(5, np.float32)), transB=turned, alpha=alpha)
+    last = b.op("MatMul", numbered(b, b.op("Tanh", z), ("Mul", 0.5)), b.weight("v", (5, 3), 5))
+    assert not {"Mul", "Add"} & set(kinds_of(b, [last], tmp_path))
+
+
+def test_what_something_else_reads_keeps_its_number(tmp_path: Path) -> None:
+    b, x = images()
+    y = numbered(b, x, ("Mul", 0.7))
+    assert "Mul" in kinds_of(b, [b.conv(y, 4, 5), b.op("Exp", y)], tmp_path)
+
+
+def test_a_weight_that_two_layers_share_is_not_scaled_for_one(tmp_path: Path) -> None:
+    b, x = images()
+    w = b.weight("w", (4, 4, 1, 1), 4)
+    assert "Mul" in kinds_of(b, [b.op("Conv", numbered(b, x, ("Mul", 0.7)), w), b.op("Conv", x, w)], tmp_path)
+
+
+def test_the_number_of_a_gelu_stays_with_it(tmp_path: Path) -> None:
+    """ONNX Runtime fuses all five operators, or none."""
+    b, x = images()
+    inside = numbered(b, b.op("Erf", numbered(b, x, ("Div", 2**0.5))), ("Add", 1.0))
+    y = numbered(b, b.op("Mul", x, inside), ("Mul", 0.5))
+    assert kinds_of(b, [b.conv(y, 4, 5, 1)], tmp_path).count("Mul") == 2
+
+
+@pytest.mark.parametrize("number", [0.0, np.inf, 1e-8], ids=str)
+def test_numbers_that_cannot_be_divided_by_stay(number: float, tmp_path: Path) -> None:
+    b, x = images()
+    y = numbered(b, x, ("Mul", number), ("Add", 0.5))
+    source = zoo.loaded(b.model(b.conv(y, 4, 5)), tmp_path)
+    assert "Mul" in [node.op_type for node in source.graph.nodes]
+
+
+# ---------------------------------------------------------------- behind layers
+
+
+def test_one_number_behind_a_convolution(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 6, 7]})
+    y = numbered(b, b.conv("x", 3, 4), ("Mul", 0.7), ("Add", -0.2), ("Div", 3.0), ("Sub", 0.1))
+    assert kinds_of(b, [b.op("Tanh", y)], tmp_path) == ["Conv", "Tanh"]
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 1, 1, 5), (1,)])
+def test_a_scale_behind_a_matrix_product_and_its_bias(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """As networks scale their branches (ConvNeXt, CaiT)."""
+    b, x = images()
+    product = b.op("MatMul", b.op("Transpose", x, perm=[0, 2, 3, 1]), b.weight("w", (4, 5), 4))
+    y = b.op("Mul", b.op("Add", product, b.constant("bias", np.linspace(1, 2, 5).astype(np.float32))), b.weight("scale", shape, 1))
+    assert "Mul" not in kinds_of(b, [b.op("Tanh", y)], tmp_path)
+
+
+def test_a_scale_that_adds_axes_stays(tmp_path: Path) -> None:
+    b, x = images()
+    product = b.op("MatMul", b.op("Flatten", b.op("GlobalAveragePool", x)), b.weight("w", (4, 5), 4))
+    assert "Mul" in kinds_of(b, [b.op("Tanh", b.op("Mul", product, b.weight("scale", (1, 1, 1, 5), 1)))], tmp_path)
+
+
+def test_heads_that_share_their_weights_keep_their_scales(tmp_path: Path) -> None:
+    b, x = images()
+    w = b.weight("w", (4, 4, 1, 1), 4)
+    heads = [numbered(b, b.op("Conv", y, w), ("Mul", number)) for y, number in ((x, 0.5), (b.op("Exp", x), 0.7))]
+    assert kinds_of(b, heads, tmp_path).count("Mul") == 2

@@ -11,7 +11,7 @@ from onnx import inliner, numpy_helper
 from . import large, runtime
 from .equations import multiply_matrices
 from .errors import UnsupportedModelError, first_line
-from .folding import fold_channels
+from .folding import fold_channels, fold_numbers
 from .gates import join_gates
 from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
@@ -111,7 +111,8 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     unfuse(model.graph)
     join_gates(model.graph)
     capture_constants(model.graph)
-    fold_channels(model.graph)
+    fold_channels(model)
+    fold_numbers(model.graph)
     multiply_matrices(model)
     if shelf is not None:
         large.moved_out(model, shelf / "laid_out.weights")
