@@ -125,6 +125,15 @@ class File:
             if weight is not None and weight.is_constant:
                 yield node, weight
 
+    def is_scaled(self, node: onnx.NodeProto) -> bool:
+        """Whether a DequantizeLinear multiplies what it makes, for an Add of a number and a quantizer behind it: a HardSigmoid."""
+        readers = self.readers.get(node.output[0], [])
+        if [reader.op_type for reader in readers] != ["Add"]:
+            return False
+        others = [self.dequantized(value) for value in readers[0].input if value != node.output[0]]
+        behind = [reader.op_type for reader in self.readers.get(readers[0].output[0], [])]
+        return len(others) == 1 and others[0] is not None and others[0].is_constant and behind == ["QuantizeLinear"]
+
     def quantized_behind(self, value: str) -> Pair | None:
         """The quantizer of a value, or of what Relu and Clip make of it, where nothing else reads these."""
         readers = self.readers.get(value, [])
@@ -197,7 +206,7 @@ def _sound(file: File) -> Iterator[Violation]:
         source = file.producer.get(pair.node.input[0])
         if not pair.quantizes and source is not None and source.op_type == "QuantizeLinear":
             made = file._by_output[source.output[0]]
-            if made.scale is not None and not np.array_equal(made.scale, pair.scale):
+            if made.scale is not None and not np.array_equal(made.scale, pair.scale) and not file.is_scaled(pair.node):
                 yield _at(pair.node, "its scale differs from that of the QuantizeLinear in front of it", value=pair.node.input[0])
 
 

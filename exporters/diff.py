@@ -136,6 +136,22 @@ class QdqGraph:
         zero = self.producer.get(node.input[1]) if node.op_type == "Add" else None
         return zero is not None and self._is_zero(zero)
 
+    def is_gate(self, add: onnx.NodeProto, gate: onnx.NodeProto) -> bool:
+        """Whether an Add of dequantized values has the slope and the shift of a HardSigmoid, as near as float32 has them."""
+        scaled, number = (self.producer.get(value) for value in add.input)
+        if scaled is None or number is None or scaled.op_type != "DequantizeLinear":
+            return False
+        codes = self.producer.get(scaled.input[0])
+        codes = self.producer.get(codes.input[0]) if codes is not None and codes.op_type == "Clip" else codes
+        grid = self.grid(number.output[0])
+        shift = 0.0 if self._is_zero(number) else grid.dequantized() if grid is not None and grid.codes is not None else None
+        if codes is None or codes.op_type != "QuantizeLinear" or shift is None:
+            return False
+        slope = np.divide(*(numpy_helper.to_array(self.constants[node.input[1]]).astype(np.float64) for node in (scaled, codes)))
+        attributes = {attribute.name: attribute.f for attribute in gate.attribute}
+        wanted = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
+        return bool(np.allclose((float(slope), float(shift)), wanted, rtol=1e-5, atol=1e-9))
+
     def _is_zero(self, node: onnx.NodeProto) -> bool:
         """A scalar that is its own zero point, dequantized."""
         if node.op_type != "DequantizeLinear" or len(node.input) < 3 or not self.constants.keys() >= {node.input[0], node.input[2]}:
@@ -152,6 +168,7 @@ def compare(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Difference:
         quantized: a QDQ file of any tool that keeps the names of values.
     """
     source = _at_opset_of(source, quantized)
+    quantized = _with_gates(source, quantized)
     before, after = QdqGraph(source), QdqGraph(quantized)
     known = frozenset({*before.producer, *(value.name for value in before.graph.input)})
     changes = [*_interface(source, quantized)]
@@ -211,6 +228,28 @@ def _at_opset_of(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.Mo
         return version_converter.convert_version(source, opsets[1])
     except Exception:  # the C++ converter raises bare RuntimeErrors; then the differences of the opsets are listed
         return source
+
+
+def _with_gates(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.ModelProto:
+    """The file with a HardSigmoid where an Add stands for the source's: of its operand's codes times the slope, and of the shift."""
+    file, adds = QdqGraph(quantized), [node for node in quantized.graph.node if node.op_type == "Add"]
+    known = frozenset({*QdqGraph(source).producer, *(value.name for value in source.graph.input)})
+    gates: dict[str, onnx.NodeProto] = {}
+    for gate in (node for node in source.graph.node if node.op_type == "HardSigmoid"):
+        found = [add for add in adds if file.is_gate(add, gate) and file.behind(add.input[0], known) == gate.input[0]]
+        gates.update((add.output[0], gate) for add in found[:1])
+    if not gates:
+        return quantized
+    changed = onnx.ModelProto()
+    changed.CopyFrom(quantized)
+    for node in changed.graph.node:
+        if node.op_type == "Add" and node.output[0] in gates:
+            gate, scaled = gates[node.output[0]], node.input[0]
+            node.CopyFrom(gate)
+            node.input[0], node.output[0] = scaled, gate.output[0]
+        elif node.op_type == "QuantizeLinear" and node.input[0] in gates:
+            node.input[0] = gates[node.input[0]].output[0]
+    return changed
 
 
 def _interface(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Iterator[str]:

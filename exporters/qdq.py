@@ -45,6 +45,7 @@ from .storage import Storage, packed_storage_of, storage_of
 
 METADATA_PREFIX = "mrecg_onnx."
 _LONG = 32  # characters
+_STEEPEST = 1e6  # slope of a HardSigmoid on integers, beyond which float32 may overflow
 _SUFFIXES = (  # of the values around a value
     *("_scale", "_zero_point", "_quantized", "_dequantized", "_clipped", "_qmin", "_qmax", "_float", "_codes"),
     *("_zero", "_zero_code", "_rescaled", "_scaled", "_shift", "_shifted"),
@@ -256,8 +257,9 @@ class _Editor:
                     continue
                 origin = made if bounds is None else kept.input[0]
                 nodes += self._pair(output, origin, table[output], bounds or (None, None))
+        read = self._outputs.union(_reads(nodes))  # not what a HardSigmoid alone read
         del self._graph.node[:]
-        self._graph.node.extend(nodes)
+        self._graph.node.extend(node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read)
         self._replace_initializers()
 
     def _hard_sigmoid(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -267,7 +269,7 @@ class _Editor:
         x, name = node.input[0], node.output[0]
         attributes = {attribute.name: attribute.f for attribute in node.attribute}
         alpha, beta = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
-        if not self._shares_bytes(x, name) or alpha <= 0:
+        if not self._shares_bytes(x, name) or not 0 < alpha < _STEEPEST or name in self._outputs - self._quantized_outputs:
             return None
         grid, operand, storage = self._table[name], self._table[x], self._storages[name]
         ends = dequantize(np.array([storage.low, storage.high]), grid)
@@ -276,7 +278,7 @@ class _Editor:
         scaled, shifted = (f"{self._short(name)}_{key}" for key in ("scaled", "shifted"))
         step = self._constant(f"{scaled}_scale", np.float32(alpha) * np.asarray(operand.scale, np.float32))
         operands = [self._held_as[x], step, self._parameters(x, operand, storage)[1]]
-        number = self._number(name, beta, storage)
+        number = self._number(name, np.float32(beta), storage)
         return [
             helper.make_node("DequantizeLinear", operands, [scaled], f"{name}_Scaled"),
             number,
@@ -290,12 +292,13 @@ class _Editor:
             return False
         return not self._storages[y].is_float and self._storages[y].dtype.itemsize == 1
 
-    def _number(self, name: str, number: float, storage: Storage) -> onnx.NodeProto:
-        """What makes a number that is added for a value, of the code at one end of a grid whose zero is at the other."""
+    def _number(self, name: str, array: np.ndarray | np.generic, storage: Storage) -> onnx.NodeProto:
+        """What makes the number that is added for a value, of the code at one end of a grid whose zero is at the other."""
+        number = float(array.reshape(()))
         shift = f"{self._short(name)}_shift"
         step = np.float32(abs(number) / (storage.high - storage.low)) if number else np.float32(1)
         zero, code = (storage.low, storage.high) if number >= 0 else (storage.high, storage.low)
-        parts = {"code": np.asarray(code if number else zero), "scale": step, "zero_point": np.asarray(zero)}
+        parts = {"code": np.full(array.shape, code if number else zero), "scale": step, "zero_point": np.asarray(zero)}
         arrays = {key: array if key == "scale" else array.astype(storage.dtype) for key, array in parts.items()}
         operands = [self._constant(f"{shift}_{key}", array) for key, array in arrays.items()]
         return helper.make_node("DequantizeLinear", operands, [shift], f"{name}_Shift")
@@ -310,7 +313,7 @@ class _Editor:
         tensor = self._constants[node.input[index]]
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) > 1 or int(np.prod(tensor.dims)) != 1:
             return None
-        made = self._number(node.output[0], float(large.array(tensor).reshape(())), self._storages[node.output[0]])
+        made = self._number(node.output[0], large.array(tensor), self._storages[node.output[0]])
         node.input[index] = made.output[0]
         return made
 

@@ -96,3 +96,12 @@ def test_layers_that_are_executed_in_float_have_a_line_of_their_own(tmp_path: Pa
     assert "runs in float  ConvTranspose node_up_y: ONNX Runtime fuses no integer ConvTranspose" in result.output
     assert re.search(r"runs in float  Conv node_conv\d: its result is a graph output and stays float", result.output)
     assert "<td>runs in float: ONNX Runtime fuses no integer ConvTranspose" in (tmp_path / "m.w4a4.report" / "report.html").read_text()
+
+
+def test_a_convolution_that_took_the_name_of_its_normalization_is_one(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 16, 8, 8]})
+    first = b.op("Relu", b.conv("x", 16, 16), name="first")
+    last = b.op("Relu", b.op("Identity", b.conv(first, 16, 16), name="stage1_bn"), name="last")
+    model = b.model(b.head(last, 16))
+    rows = left(model, tmp_path, keep_float=("Conv",))
+    assert {row.op_type for row in rows} == {"Conv"}

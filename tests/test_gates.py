@@ -12,6 +12,8 @@ import torch
 from onnx import numpy_helper
 
 from exporters import export_qdq, write_model
+from exporters.check import check
+from exporters.diff import compare
 from tests import zoo
 from toolchain import runtime
 from toolchain.config import Config
@@ -113,11 +115,39 @@ def read_twice(b: zoo.Builder, x: str) -> str:
     return b.op("Add", b.op("Div", b.op("Mul", x, clipped(b, shifted)), number(b, 6)), shifted)
 
 
-@pytest.mark.parametrize("spelled", [other_bounds, other_floor, by_channel, falling, squared, read_twice])
+@pytest.mark.parametrize("spelled", [other_bounds, other_floor, by_channel, squared, read_twice])
 def test_what_is_something_else_stays(spelled: Spelling, tmp_path: Path) -> None:
     model = network(spelled)
     source = zoo.loaded(model, tmp_path)
     assert "HardSigmoid" not in {node.op_type for node in source.graph.nodes}
+    unchanged(model, source.model)
+
+
+def two_gates(b: zoo.Builder, x: str) -> str:
+    """Two that one product joins, each on a value of its own."""
+    one, other = (clipped(b, b.op("Add", b.op("Mul", y, number(b, 0.2)), number(b, 0.5)), 1.0) for y in (x, b.conv(x, 8, 8)))
+    return b.op("Mul", one, other)
+
+
+def one_division(b: zoo.Builder, x: str) -> str:
+    return b.op("Div", b.op("Mul", *(clipped(b, b.op("Add", y, number(b, 3))) for y in (x, b.conv(x, 8, 8)))), number(b, 6))
+
+
+def gate_of_gate(b: zoo.Builder, x: str) -> str:
+    """The division of the first looks like the slope of the second."""
+    first = b.op("Mul", clipped(b, b.op("Add", x, number(b, 3))), number(b, 1 / 6))
+    return b.op("Mul", clipped(b, b.op("Add", first, number(b, 3))), number(b, 1 / 6))
+
+
+def swish_and_gate(b: zoo.Builder, x: str) -> str:
+    return b.op("Mul", clipped(b, b.op("Add", inverse(b, x), number(b, 3))), number(b, 1 / 6))
+
+
+@pytest.mark.parametrize(("spelled", "count"), [(falling, 2), (two_gates, 4), (one_division, 2), (gate_of_gate, 4), (swish_and_gate, 4)])
+def test_gates_that_touch(spelled: Spelling, count: int, tmp_path: Path) -> None:
+    model = network(spelled)
+    source = zoo.loaded(model, tmp_path)
+    assert Counter(node.op_type for node in source.graph.nodes)["HardSigmoid"] == count
     unchanged(model, source.model)
 
 
@@ -143,6 +173,8 @@ def exported(model: onnx.ModelProto, folder: Path, **options: Any) -> tuple[onnx
     written = runtime.run(runtime.session(file, optimization=runtime.Optimization.NONE), SAMPLES.inputs)
     executed = Counter(node.op_type for node in runtime.optimized(folder / "quantized.onnx").node)
     assert check_kernels(file, SAMPLES.inputs).steps <= 1
+    assert config.target == "academic" or not [found for found in check(file, config.target) if found.is_error]
+    assert not compare(source.model, file).changes
     return file, executed, min(sqnr(simulated[name], array) for name, array in written.items())
 
 
@@ -200,3 +232,23 @@ def test_an_add_of_one_number_runs_on_integers(number: float, bits: int, tmp_pat
     assert executed["QLinearAdd"] == (2 if number else 1)
     assert not {"Mul", "Add", "HardSigmoid"} & executed.keys()
     assert agreement > 45
+
+
+def test_one_that_is_handed_out_or_kept_float_keeps_its_operator(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    x = b.conv("x", 3, 8)
+    gate = b.op("HardSigmoid", x, name="gate")
+    model = b.model(b.conv(b.op("Mul", x, gate), 8, 8), gate)
+    (tmp_path / "out").mkdir()
+    file, _, agreement = exported(model, tmp_path / "out")
+    assert [node.op_type for node in file.graph.node].count("HardSigmoid") == 1
+    assert agreement > 45
+    (tmp_path / "float").mkdir()
+    file, executed, _ = exported(network(two_operators), tmp_path / "float", keep_float=("HardSigmoid",))
+    assert executed["HardSigmoid"] == 2
+
+
+def test_what_a_hard_sigmoid_alone_reads_is_dequantized_for_it_alone(tmp_path: Path) -> None:
+    file, _, _ = exported(network(gate_of_another), tmp_path)
+    read = {value for node in file.graph.node for value in node.input} | {output.name for output in file.graph.output}
+    assert all(read.issuperset(node.output) for node in file.graph.node)

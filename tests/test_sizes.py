@@ -58,6 +58,34 @@ def test_one_that_is_cut_by_a_size_that_is_open_stays(tmp_path: Path) -> None:
     assert len(source.graph.weighted) == 1
 
 
+@pytest.mark.parametrize("kind", ["half", "equal", "negative"])
+def test_sizes_are_computed_as_onnx_does(kind: str, tmp_path: Path) -> None:
+    """ONNX Runtime's symbolic inference divides floats like integers, takes an open axis for another number, and floors for truncating."""
+    b = zoo.Builder({"x": ["N", "length", WIDTH + 1]})
+    numbers = {"zero": [0], "one": [1], "two": [2], "three": [3], "five": [5], "eight": [8], "many": [16], "end": [2**31]}
+    for name, values in numbers.items():
+        b.constant(name, np.array(values))
+    shape = b.op("Shape", "x")
+    width, length = b.op("Gather", shape, "two"), b.op("Gather", shape, "one")
+    if kind == "half":
+        halved = b.op("Div", b.op("Cast", width, to=1), b.constant("halving", np.array([2], np.float32)))
+        size = b.op("Cast", b.op("Mul", halved, b.constant("threefold", np.array([3], np.float32))), to=7)
+    elif kind == "equal":
+        size = b.op("Where", b.op("Equal", length, "five"), "eight", "many")
+    else:
+        size = b.op("Neg", b.op("Div", b.op("Sub", "eight", width), "two"))
+    weight = b.op("Slice", b.weight("all", (WIDTH + 1, 64), WIDTH), "zero", size, "one")
+    model = b.model(b.op("Relu", b.op("MatMul", b.op("Relu", b.op("MatMul", "x", b.weight("w", (WIDTH + 1, WIDTH + 1), WIDTH))), weight)))
+    source = zoo.loaded(model, tmp_path)
+    x = np.random.default_rng(0).normal(size=(2, 5, WIDTH + 1)).astype(np.float32)
+    names = [output.name for output in model.graph.output]
+    wanted, found = (runtime.execute(runtime.session(one), {"x": x}, names) for one in (model, source.model))
+    assert {name: array.shape for name, array in wanted.items()} == {name: array.shape for name, array in found.items()}
+    for name, array in wanted.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert (len(source.graph.weighted) == 2) == (kind != "equal")
+
+
 def test_weights_outside_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(large, "OUTSIDE", 100)
     path = tmp_path / "model.onnx"

@@ -3,7 +3,7 @@
 Keras and Paddle write x * clip(x + 3, 0, 6) / 6, PyTorch one operator or two, by opset.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx
@@ -29,13 +29,18 @@ def join_gates(graph: onnx.GraphProto) -> None:
     for node in graph.node:
         if node.domain not in ONNX_DOMAINS:
             continue
-        found = finder.hard_swish(node) if node.op_type == "HardSwish" else finder.gate(node) if node.op_type == "Clip" else None
-        if found is not None:
-            nodes, replaced = found
-            made[nodes[-1].output[0]] = nodes
-            gone.update(replaced)
-    if not made:
-        return
+        for nodes, replaced in finder.matches(node):
+            read, last = {value for one in nodes for value in one.input}, nodes[-1].output[0]
+            others = {value for some in made.values() for one in some for value in one.input}
+            if (
+                last not in made
+                and gone.isdisjoint({last, *read, *replaced})
+                and others.isdisjoint(replaced)
+                and made.keys().isdisjoint(replaced)
+            ):
+                made[last] = nodes
+                gone |= replaced
+                break
     kept: list[onnx.NodeProto] = []
     for node in graph.node:
         name = node.output[0] if node.output else ""
@@ -53,11 +58,17 @@ class _Finder:
         self._readers: Mapping[str, onnx.NodeProto] = {value: node for node in graph.node for value in node.input if value}
         self._taken = set(defined(graph))
 
-    def hard_swish(self, node: onnx.NodeProto) -> tuple[list[onnx.NodeProto], set[str]]:
-        """x * max(0, min(1, x / 6 + 1 / 2)), as ONNX defines it."""
-        return self._made(node, node.input[0], node.input[0], node.output[0], 1 / 6, 0.5), set()
+    def matches(self, node: onnx.NodeProto) -> Iterator[tuple[list[onnx.NodeProto], set[str]]]:
+        """What may stand for the nodes around this one, and the values that are then gone: the most of them first."""
+        if node.op_type == "HardSwish":  # x * max(0, min(1, x / 6 + 1 / 2)), as ONNX defines it
+            yield self._made(node, node.input[0], node.input[0], node.output[0], 1 / 6, 0.5), set()
+        elif node.op_type == "Clip":
+            for slope in (True, False):
+                found = self._gate(node, slope)
+                if found is not None:
+                    yield found
 
-    def gate(self, clip: onnx.NodeProto) -> tuple[list[onnx.NodeProto], set[str]] | None:
+    def _gate(self, clip: onnx.NodeProto, with_slope: bool) -> tuple[list[onnx.NodeProto], set[str]] | None:
         """What stands for a Clip between 0 and h of a x + b, for the division by h, and for a product between them."""
         low, high = (self._number(clip.input[index]) if index < len(clip.input) else None for index in (1, 2))
         add = self._only_producer(clip.input[0], "Add")
@@ -67,25 +78,25 @@ class _Finder:
         if x is None or shift is None:
             return None
         replaced, slope = {add.output[0]}, 1.0
-        scaled = self._only_producer(x, "Mul")
-        if scaled is not None and (scaled_by := self._with_number(scaled))[1] is not None:
+        scaled = self._only_producer(x, "Mul") if with_slope else None
+        factor = self._with_number(scaled)[1] if scaled is not None else None
+        if scaled is not None and factor is not None and factor > 0:
             replaced.add(x)
-            x, slope = scaled_by[0] or x, scaled_by[1] or 0.0
-        if slope <= 0:
-            return None
-        last, value, factor = clip, clip.output[0], None
+            x, slope = self._with_number(scaled)[0] or x, factor
+        if high == 1.0:
+            return self._made(clip, x, None, clip.output[0], slope, shift), replaced
+        value, other = clip.output[0], None
+        replaced.add(value)
         behind = self._only_reader(value)
         if behind is not None and behind.op_type == "Mul" and self._with_number(behind)[1] is None and behind.input[0] != behind.input[1]:
-            factor = next(name for name in behind.input if name != value)
-            last, value = behind, behind.output[0]
+            other = next(name for name in behind.input if name != value)
+            value = behind.output[0]
+            replaced.add(value)
             behind = self._only_reader(value)
-        if behind is not None and self._divides(behind, value, high):
-            last = behind
-        elif high != 1.0:
+        if behind is None or not self._divides(behind, value, high):
             return None
-        on_the_way = [clip.output[0], *([value] if factor is not None else [])]
-        replaced.update(name for name in on_the_way if name != last.output[0])
-        return self._made(last, x, factor, last.output[0], slope / high, shift / high), replaced
+        last = behind
+        return self._made(last, x, other, last.output[0], slope / high, shift / high), replaced
 
     def _made(self, last: onnx.NodeProto, x: str, factor: str | None, result: str, alpha: float, beta: float) -> list[onnx.NodeProto]:
         gate = result if factor is None else free_name(f"{result}_gate", self._taken)

@@ -103,7 +103,7 @@ def place(
             continue
         bits = _activation_bits(ground, value)
         if bits is not None:
-            activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme))
+            activations[value] = activation_spec(bits, scheme.activation_symmetric, _known_range(graph, value, scheme, integer))
     shared = _share_concatenated(flow, integer, activations, tied) if scheme.shared_concat else {}
     if precision.float8:
         activations, weights = ({name: float8_spec(spec) for name, spec in specs.items()} for specs in (activations, weights))
@@ -279,12 +279,15 @@ def _asked_bits(ground: _Ground, readers: Sequence[Node]) -> int | None:
     return general.elementwise if readers else None
 
 
-def _known_range(graph: Graph, value: str, scheme: Scheme) -> tuple[float, float] | None:
-    """The range of a Sigmoid, which no sample has to tell; a signed grid would waste half of it."""
+def _known_range(graph: Graph, value: str, scheme: Scheme, integer: AbstractSet[str]) -> tuple[float, float] | None:
+    """The range of a Sigmoid, which no sample has to tell; a signed grid would waste half of it.
+
+    That of a HardSigmoid on integers has 1 on its grid, where it saturates (`exporters.qdq`); one that stays float must not look like it.
+    """
     node = graph.producer.get(value)
     if node is None or not node.is_standard or scheme.activation_symmetric or node.op_type not in scheme.known_ranges:
         return None
-    return KNOWN_RANGES[node.op_type]
+    return KNOWN_RANGES["Sigmoid" if node.op_type == "HardSigmoid" and node.name not in integer else node.op_type]
 
 
 def _share_concatenated(flow: Flow, integer: AbstractSet[str], activations: dict[str, QuantSpec], tied: dict[str, str]) -> dict[str, str]:

@@ -17,11 +17,10 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnxruntime as ort
-from onnx import TensorProto, helper
 
 from . import large
 from .errors import UnsupportedModelError, UsageError, first_line
-from .protos import replace_nodes
+from .protos import replace_nodes, value_names
 from .quant_table import FLOAT8
 
 ort.set_default_logger_severity(4)  # what fails is raised; ONNX Runtime would print it as well
@@ -104,13 +103,15 @@ def optimized(model: Path, provider: str = CPU, optimization: Optimization = Opt
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         _open(model, options, provider)
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
-    return _unblocked(graph)
+    is_blocked = any(node.domain == BLOCKED_DOMAIN for node in graph.node)
+    return _unblocked(graph, value_names(onnx.load(model, load_external_data=False).graph)) if is_blocked else graph
 
 
-def _unblocked(graph: onnx.GraphProto) -> onnx.GraphProto:
+def _unblocked(graph: onnx.GraphProto, known: AbstractSet[str]) -> onnx.GraphProto:
     """The graph with the types and names that float operators had before they were laid out for the vector registers of the CPU.
 
-    There values are called `reorder_token_3`, a node is named after the value it makes, and BatchNormalization is a convolution.
+    There values are called `reorder_token_3`, a node is named after the value of the file that it makes, which is in `known`, and
+    BatchNormalization is a convolution.
     """
     named: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
@@ -122,12 +123,11 @@ def _unblocked(graph: onnx.GraphProto) -> onnx.GraphProto:
             continue
         if is_blocked and node.op_type == "ReorderOutput" and node.input[0] == node.output[0]:
             continue
-        if is_blocked and node.name.endswith(_BLOCKED):
-            is_normalization = node.name.endswith(f"_bn{_BLOCKED}")
-            node.name = node.name.removesuffix(_BLOCKED)
-            if is_normalization:
-                node.name, node.op_type = node.name.removesuffix("_bn"), "BatchNormalization"
-            named[node.output[0]] = node.output[0] = node.name
+        name = node.name.removesuffix(_BLOCKED)
+        if is_blocked and name not in known and name.removesuffix("_bn") in known:
+            name, node.op_type = name.removesuffix("_bn"), "BatchNormalization"
+        if is_blocked and name in known:
+            named[node.output[0]] = node.output[0] = node.name = name
         nodes.append(node)
     replace_nodes(graph, nodes)
     return graph
@@ -155,8 +155,8 @@ def cleaned(model: onnx.ModelProto, shelf: Path | None = None, name: str = "clea
         return large.load(shelf / f"{name}.onnx")
 
 
-def known_integers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """The computed integers that are the same for inputs of any size, single ones and vectors, by symbolic shape inference."""
+def known_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """The shapes of values for inputs of any size, None where an axis is open, by symbolic shape inference; empty where that fails."""
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference  # imports sympy, which takes a while
 
     inference = SymbolicShapeInference(int_max=2**31 - 1, auto_merge=False, guess_output_rank=False, verbose=0)
@@ -164,25 +164,14 @@ def known_integers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         inference._preprocess(model)
         while inference.run_:
             inference._infer_impl()
-    except Exception:  # whatever it makes of operators that it does not know: nothing is known then
+    except Exception:  # whatever it makes of operators that it does not know
         return {}
-    found: dict[str, np.ndarray] = {}
-    for name, data in inference.sympy_data_.items():
-        kind = inference.known_vi_[name].type.tensor_type if name in inference.known_vi_ else None
-        if (
-            kind is None
-            or kind.elem_type not in (TensorProto.INT64, TensorProto.INT32)
-            or not kind.HasField("shape")
-            or len(kind.shape.dim) > 1
-        ):
-            continue
-        numbers = list(np.ravel(np.asarray(data, dtype=object)))
-        if not all(isinstance(number, int) or getattr(number, "is_Integer", False) for number in numbers):
-            continue
-        array = np.array([int(number) for number in numbers], helper.tensor_dtype_to_np_dtype(kind.elem_type))
-        if kind.shape.dim or array.size == 1:
-            found[name] = array if kind.shape.dim else array.reshape(())
-    return found
+    kinds = {name: value.type.tensor_type for name, value in inference.known_vi_.items()}
+    return {
+        name: tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+        for name, kind in kinds.items()
+        if kind.HasField("shape")
+    }
 
 
 def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
