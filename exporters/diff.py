@@ -150,7 +150,7 @@ class QdqGraph:
         slope = np.divide(*(numpy_helper.to_array(self.constants[node.input[1]]).astype(np.float64) for node in (scaled, codes)))
         attributes = {attribute.name: attribute.f for attribute in gate.attribute}
         wanted = attributes.get("alpha", 0.2), attributes.get("beta", 0.5)
-        return bool(np.allclose((float(slope), float(shift)), wanted, rtol=1e-5, atol=1e-9))
+        return bool(np.allclose((float(slope), float(shift)), wanted, rtol=1e-4, atol=1e-9))  # `qdq` moves ties
 
     def _is_zero(self, node: onnx.NodeProto) -> bool:
         """A scalar that is its own zero point, dequantized."""

@@ -278,7 +278,7 @@ class _Editor:
         scaled, shifted = (f"{self._short(name)}_{key}" for key in ("scaled", "shifted"))
         step = self._constant(f"{scaled}_scale", np.float32(alpha) * np.asarray(operand.scale, np.float32))
         operands = [self._held_as[x], step, self._parameters(x, operand, storage)[1]]
-        number = self._number(name, np.float32(beta), storage)
+        number = self._number(name, np.float32(_off_tie(beta)), storage)
         return [
             helper.make_node("DequantizeLinear", operands, [scaled], f"{name}_Scaled"),
             number,
@@ -494,6 +494,18 @@ def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) ->
     """The codes that a grid uses for floats within bounds."""
     low, high = (None if bound is None else int(quantize(np.array(bound, np.float32), grid)) for bound in bounds)
     return grid.spec.qmin if low is None else low, grid.spec.qmax if high is None else high
+
+
+def _off_tie(shift: float) -> float:
+    """A shift of a grid of 255 steps from 0 to 1, moved by 1/256 step where it lies between two codes.
+
+    That of a hard swish does, and all that is near 0 then falls where it is added in front of rounding: to another code in ONNX Runtime's
+    kernel than in the file.
+    """
+    place = shift * 255
+    if abs(place - np.floor(place) - 0.5) > 1e-3:
+        return shift
+    return shift + np.sign(np.rint(place) - place) / 256 / 255
 
 
 def _has_ties(origin: TensorQuant, grid: TensorQuant) -> bool:

@@ -172,7 +172,9 @@ def exported(model: onnx.ModelProto, folder: Path, **options: Any) -> tuple[onnx
     simulated = simulate(source, found.table, SAMPLES, torch.device("cpu"), scheme=config.scheme)
     written = runtime.run(runtime.session(file, optimization=runtime.Optimization.NONE), SAMPLES.inputs)
     executed = Counter(node.op_type for node in runtime.optimized(folder / "quantized.onnx").node)
-    assert check_kernels(file, SAMPLES.inputs).steps <= 1
+    kernels = check_kernels(file, SAMPLES.inputs)
+    assert kernels.steps <= 1
+    assert kernels.share < 1  # percent of codes: all of a gate near x = 0 would move if its shift were left on a tie
     assert config.target == "academic" or not [found for found in check(file, config.target) if found.is_error]
     assert not compare(source.model, file).changes
     return file, executed, min(sqnr(simulated[name], array) for name, array in written.items())
@@ -184,7 +186,7 @@ def test_they_run_on_integers(name: str, bits: int, tmp_path: Path) -> None:
     _, executed, agreement = exported(network(SPELLINGS[name]), tmp_path, weight_bits=bits, activation_bits=bits)
     assert (executed["QLinearAdd"], executed["QLinearMul"]) == (2, 2)
     assert not {"HardSigmoid", "Mul", "Add", "Div", "Conv"} & executed.keys()
-    assert agreement > 45  # x = 0 lies on the tie between two codes of 1 / 2, on which the two may fall to different sides
+    assert agreement > 48  # dB: few codes on ties
 
 
 @pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.5), (1.0, 0.0), (0.05, -0.25), (3.0, 0.9)])
@@ -199,8 +201,8 @@ def test_the_codes_are_those_of_the_operator(alpha: float, beta: float, tmp_path
     values = runtime.run_exposed(file, SAMPLES.inputs, [f"{x}_quantized", "gate_quantized"])
     codes = values[f"{x}_quantized"].astype(np.float64) - zero_point
     wanted = np.clip(alpha * codes * scale + beta, 0, 1) * 255
-    # Half a step, and what float32 makes of sums up to 255.
-    assert np.abs(values["gate_quantized"] - wanted).max() <= 0.5 + 1e-3
+    # Half a step, the 1/256 that a shift on a tie is moved by, and what float32 makes of sums up to 255.
+    assert np.abs(values["gate_quantized"] - wanted).max() <= 0.5 + 1 / 256 + 1e-3
     assert set(np.unique(values["gate_quantized"])) >= ({0, 255} if (alpha, beta) == (3.0, 0.9) else set())
 
 
@@ -218,7 +220,7 @@ def test_the_codes_are_those_of_the_operator(alpha: float, beta: float, tmp_path
 def test_elsewhere_they_stay(options: dict[str, Any], tmp_path: Path) -> None:
     file, _, agreement = exported(network(two_operators), tmp_path, **options)
     assert Counter(node.op_type for node in file.graph.node)["HardSigmoid"] == 2
-    assert agreement > 45
+    assert agreement > 55
 
 
 @pytest.mark.parametrize("number", [0.3, -0.3, 0.0])
@@ -231,7 +233,7 @@ def test_an_add_of_one_number_runs_on_integers(number: float, bits: int, tmp_pat
     _, executed, agreement = exported(model, tmp_path, weight_bits=bits, activation_bits=bits)
     assert executed["QLinearAdd"] == (2 if number else 1)
     assert not {"Mul", "Add", "HardSigmoid"} & executed.keys()
-    assert agreement > 45
+    assert agreement > 55
 
 
 def test_one_that_is_handed_out_or_kept_float_keeps_its_operator(tmp_path: Path) -> None:
@@ -242,7 +244,7 @@ def test_one_that_is_handed_out_or_kept_float_keeps_its_operator(tmp_path: Path)
     (tmp_path / "out").mkdir()
     file, _, agreement = exported(model, tmp_path / "out")
     assert [node.op_type for node in file.graph.node].count("HardSigmoid") == 1
-    assert agreement > 45
+    assert agreement > 55
     (tmp_path / "float").mkdir()
     file, executed, _ = exported(network(two_operators), tmp_path / "float", keep_float=("HardSigmoid",))
     assert executed["HardSigmoid"] == 2
