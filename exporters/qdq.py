@@ -244,8 +244,6 @@ class _Editor:
                 nodes += gate
                 continue
             kept = _copied(node)
-            if (number := self._added(kept)) is not None:
-                nodes.append(number)
             _rename(kept, renamed)
             quantized = [output for output in node.output if output in renamed]
             bounds = self._absorbed(node) if quantized == list(node.output) else None
@@ -278,7 +276,7 @@ class _Editor:
         scaled, shifted = (f"{self._short(name)}_{key}" for key in ("scaled", "shifted"))
         step = self._constant(f"{scaled}_scale", np.float32(alpha) * np.asarray(operand.scale, np.float32))
         operands = [self._held_as[x], step, self._parameters(x, operand, storage)[1]]
-        number = self._number(name, np.float32(_off_tie(beta)), storage)
+        number = self._number(name, _off_tie(beta), storage)
         return [
             helper.make_node("DequantizeLinear", operands, [scaled], f"{name}_Scaled"),
             number,
@@ -292,30 +290,15 @@ class _Editor:
             return False
         return not self._storages[y].is_float and self._storages[y].dtype.itemsize == 1
 
-    def _number(self, name: str, array: np.ndarray | np.generic, storage: Storage) -> onnx.NodeProto:
+    def _number(self, name: str, number: float, storage: Storage) -> onnx.NodeProto:
         """What makes the number that is added for a value, of the code at one end of a grid whose zero is at the other."""
-        number = float(array.reshape(()))
         shift = f"{self._short(name)}_shift"
         step = np.float32(abs(number) / (storage.high - storage.low)) if number else np.float32(1)
         zero, code = (storage.low, storage.high) if number >= 0 else (storage.high, storage.low)
-        parts = {"code": np.full(array.shape, code if number else zero), "scale": step, "zero_point": np.asarray(zero)}
+        parts = {"code": np.asarray(code if number else zero), "scale": step, "zero_point": np.asarray(zero)}
         arrays = {key: array if key == "scale" else array.astype(storage.dtype) for key, array in parts.items()}
         operands = [self._constant(f"{shift}_{key}", array) for key, array in arrays.items()]
         return helper.make_node("DequantizeLinear", operands, [shift], f"{name}_Shift")
-
-    def _added(self, node: onnx.NodeProto) -> onnx.NodeProto | None:
-        """What makes the number that an Add on integers adds, which the node is given; None where it adds none."""
-        if node.op_type != "Add" or not self._scheme.numbers or node.domain not in ("", "ai.onnx"):
-            return None
-        index = next((index for index, name in enumerate(node.input) if name in self._constants), None)
-        if index is None or not self._shares_bytes(node.input[1 - index], node.output[0]):
-            return None
-        tensor = self._constants[node.input[index]]
-        if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) > 1 or int(np.prod(tensor.dims)) != 1:
-            return None
-        made = self._number(node.output[0], large.array(tensor), self._storages[node.output[0]])
-        node.input[index] = made.output[0]
-        return made
 
     def _absorbed(self, node: onnx.NodeProto) -> tuple[float | None, float | None] | None:
         """The float bounds of a Relu or Clip that the quantizer behind it takes over (of a copy: none); None where the node must stay."""

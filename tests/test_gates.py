@@ -223,19 +223,6 @@ def test_elsewhere_they_stay(options: dict[str, Any], tmp_path: Path) -> None:
     assert agreement > 55
 
 
-@pytest.mark.parametrize("number", [0.3, -0.3, 0.0])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_an_add_of_one_number_runs_on_integers(number: float, bits: int, tmp_path: Path) -> None:
-    """Behind an activation and in front of a convolution that pads, it has no bias to go to."""
-    b = zoo.Builder({"x": ["N", 3, 8, 8]})
-    y = b.op("Mul", two_operators(b, b.conv("x", 3, 8)), b.constant("factor", np.array([1.3], np.float32)))
-    model = b.model(b.head(b.conv(b.op("Add", b.constant("shift", np.array([number], np.float32)), y), 8, 8, act="relu"), 8))
-    _, executed, agreement = exported(model, tmp_path, weight_bits=bits, activation_bits=bits)
-    assert executed["QLinearAdd"] == (2 if number else 1)
-    assert not {"Mul", "Add", "HardSigmoid"} & executed.keys()
-    assert agreement > 55
-
-
 def test_one_that_is_handed_out_or_kept_float_keeps_its_operator(tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     x = b.conv("x", 3, 8)

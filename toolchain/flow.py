@@ -4,7 +4,6 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 from onnx import TensorProto
 
 from .graph import Graph, Node
@@ -85,12 +84,6 @@ class Flow:
             return True
         return node.inputs[2] in self.model.constants and not self.model.constants[node.inputs[2]].any()
 
-    def adds_number(self, node: Node) -> bool:
-        """Whether a node adds one number, where the target has that on integers."""
-        numbers = [self.model.constants[name] for name in node.inputs if name in self.graph.constants]
-        is_number = len(numbers) == 1 and numbers[0].size == 1 and numbers[0].ndim < 2 and numbers[0].dtype == np.float32
-        return self.scheme.numbers and node.op_type == "Add" and node.is_standard and is_number and bool(np.isfinite(numbers[0]).all())
-
     def source(self, value: str) -> str:
         """The value that this one is a rearrangement of (itself, if it is computed)."""
         node = self.graph.producer.get(value)
@@ -153,7 +146,7 @@ def integer_nodes(flow: Flow, weighted: AbstractSet[str]) -> frozenset[str]:
             continue
         has_constant = len(data) < len([value for value in node.inputs if value])
         leads_on = node.op_type in flow.scheme.elementwise and flow.integer_readers(result_of(flow.graph, node), integer)
-        if (not has_constant or flow.adds_number(node)) and (node.op_type == "MatMul" or leads_on):
+        if not has_constant and (node.op_type == "MatMul" or leads_on):
             integer.add(node.name)
     return frozenset(integer)
 

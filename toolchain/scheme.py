@@ -27,7 +27,6 @@ class Scheme:
         activation_symmetric: activations signed and around zero, else unsigned with a zero point.
         per_channel: operators whose weights have a scale for each output channel; the others have one for the tensor.
         elementwise: operators besides the weighted ones that run on integers where a quantized operator reads them.
-        numbers: an Add of one number is one of them; what other constants are added to, or multiplied with, stays float.
         shortcut_only: of an Add's two inputs, one that comes straight from a convolution stays float, so that the runtime adds inside it.
         known_ranges: operators whose results have the range that is known without samples (`KNOWN_RANGES`).
         results: which results are quantized even though nothing on integers reads them: those of `convolutions`, `all`, or `none`.
@@ -53,7 +52,6 @@ class Scheme:
     activation_symmetric: bool = False
     per_channel: frozenset[str] = WEIGHTED
     elementwise: frozenset[str] = frozenset()
-    numbers: bool = False
     shortcut_only: bool = False
     known_ranges: frozenset[str] = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
     results: str = "none"
@@ -124,7 +122,6 @@ TARGETS: Mapping[str, Scheme] = {
             "VNNI saturate pairs of 8-bit products, hence steps of weights on which no pair gets there. Softmax stays float: an encoder "
             "takes 1.05 to 1.6 times as long with its integer kernel, which sums in 32 bits and makes zeros of rows of one.",
             elementwise=_QLINEAR | {"HardSigmoid"},
-            numbers=True,
             results="convolutions",
             bias="int32",
             saturation="integer",
