@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper, version_converter
 
+from . import swishes
+
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _FOLDED = ("Relu", "Clip")
 
@@ -231,17 +233,19 @@ def _at_opset_of(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.Mo
 
 
 def _with_gates(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.ModelProto:
-    """The file with a HardSigmoid where an Add stands for the source's: of its operand's codes times the slope, and of the shift."""
+    """The file with a HardSigmoid where an Add stands for the source's: of its operand's codes times the slope, and of the shift.
+
+    What `swishes` spelled out is joined again.
+    """
     file, adds = QdqGraph(quantized), [node for node in quantized.graph.node if node.op_type == "Add"]
     known = frozenset({*QdqGraph(source).producer, *(value.name for value in source.graph.input)})
     gates: dict[str, onnx.NodeProto] = {}
     for gate in (node for node in source.graph.node if node.op_type == "HardSigmoid"):
         found = [add for add in adds if file.is_gate(add, gate) and file.behind(add.input[0], known) == gate.input[0]]
         gates.update((add.output[0], gate) for add in found[:1])
-    if not gates:
-        return quantized
     changed = onnx.ModelProto()
     changed.CopyFrom(quantized)
+    swishes.join(source.graph, changed.graph, lambda value: file.behind(value, known))
     for node in changed.graph.node:
         if node.op_type == "Add" and node.output[0] in gates:
             gate, scaled = gates[node.output[0]], node.input[0]

@@ -42,6 +42,7 @@ from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize
 from toolchain.scheme import ORT_CPU, Scheme
 
 from .storage import Storage, packed_storage_of, storage_of
+from .swishes import spell_out
 
 METADATA_PREFIX = "mrecg_onnx."
 _LONG = 32  # characters
@@ -72,6 +73,8 @@ def export_qdq(
     storages = _storages(model.graph, table, scheme, tables)
     quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))
     insert_copies(quantized.graph, table.copies)
+    if scheme.fused_gates:
+        spell_out(quantized.graph, table.tensors)
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
     onnx.helper.set_model_props(
         quantized,

@@ -211,7 +211,6 @@ def test_the_codes_are_those_of_the_operator(alpha: float, beta: float, tmp_path
     [
         {"activation_scheme": "symmetric"},  # whose grids do not end at 0
         {"elementwise_bits": 16},  # for which there are no integer kernels
-        {"target": "openvino"},
         {"target": "qnn"},
         {"target": "academic"},
     ],
@@ -221,6 +220,30 @@ def test_elsewhere_they_stay(options: dict[str, Any], tmp_path: Path) -> None:
     file, _, agreement = exported(network(two_operators), tmp_path, **options)
     assert Counter(node.op_type for node in file.graph.node)["HardSigmoid"] == 2
     assert agreement > 55
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_openvino_gets_hard_swishes_as_it_fuses_them(name: str, bits: int, tmp_path: Path) -> None:
+    """With nothing inside on a grid; a gate of another value is an operand, as the value is."""
+    file, _, agreement = exported(network(SPELLINGS[name]), tmp_path, target="openvino", weight_bits=bits, activation_bits=bits)
+    kinds = Counter(node.op_type for node in file.graph.node)
+    producer = {value: node.op_type for node in file.graph.node for value in node.output}
+    inside = [producer[value] for node in file.graph.node if node.op_type == "Mul" for value in node.input]
+    if name == "gate_of_another":
+        assert kinds["HardSigmoid"] == 2
+        assert set(inside) == {"DequantizeLinear"}
+    else:
+        assert (kinds["HardSigmoid"], kinds["Div"], kinds["Mul"]) == (0, 2, 2)
+        assert "DequantizeLinear" not in inside
+    assert agreement > 90  # float32 sums in another order
+
+
+def test_openvino_gets_silu_without_grids_inside(tmp_path: Path) -> None:
+    file, _, _ = exported(network(lambda b, x: b.op("Mul", x, b.op("Sigmoid", x))), tmp_path, target="openvino")
+    producer = {value: node.op_type for node in file.graph.node for value in node.output}
+    inside = {producer[value] for node in file.graph.node if node.op_type in ("Mul", "Sigmoid") for value in node.input}
+    assert inside == {"Conv", "Sigmoid"}
 
 
 def test_one_that_is_handed_out_or_kept_float_keeps_its_operator(tmp_path: Path) -> None:

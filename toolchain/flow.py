@@ -1,5 +1,6 @@
 """The dataflow of a model as quantizers see it: data movement looked through, and which operators run on integers."""
 
+import itertools
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ DATA_MOVEMENT = frozenset(
     }
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
+_GATES = frozenset({"Sigmoid", "HardSigmoid"})
 _PRECISIONS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 
@@ -83,6 +85,13 @@ class Flow:
         if len(node.inputs) < 3 or not node.inputs[2]:
             return True
         return node.inputs[2] in self.model.constants and not self.model.constants[node.inputs[2]].any()
+
+    def is_fused_gate(self, node: Node) -> bool:
+        """Whether a node multiplies a value with its own sigmoid, where the target computes that behind a layer."""
+        if not self.scheme.fused_gates or node.op_type != "Mul":
+            return False
+        gates = [(self.graph.producer.get(gate), other) for gate, other in itertools.permutations(node.inputs)]
+        return any(gate is not None and gate.op_type in _GATES and gate.inputs[0] == other for gate, other in gates)
 
     def source(self, value: str) -> str:
         """The value that this one is a rearrangement of (itself, if it is computed)."""
@@ -146,6 +155,8 @@ def integer_nodes(flow: Flow, weighted: AbstractSet[str]) -> frozenset[str]:
             continue
         has_constant = len(data) < len([value for value in node.inputs if value])
         leads_on = node.op_type in flow.scheme.elementwise and flow.integer_readers(result_of(flow.graph, node), integer)
+        if flow.is_fused_gate(node):
+            continue
         if not has_constant and (node.op_type == "MatMul" or leads_on):
             integer.add(node.name)
     return frozenset(integer)

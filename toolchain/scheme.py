@@ -27,6 +27,7 @@ class Scheme:
         activation_symmetric: activations signed and around zero, else unsigned with a zero point.
         per_channel: operators whose weights have a scale for each output channel; the others have one for the tensor.
         elementwise: operators besides the weighted ones that run on integers where a quantized operator reads them.
+        fused_gates: a value times its own sigmoid (SiLU, hard swish) is computed behind the layer in front, with nothing on a grid.
         shortcut_only: of an Add's two inputs, one that comes straight from a convolution stays float, so that the runtime adds inside it.
         known_ranges: operators whose results have the range that is known without samples (`KNOWN_RANGES`).
         results: which results are quantized even though nothing on integers reads them: those of `convolutions`, `all`, or `none`.
@@ -52,6 +53,7 @@ class Scheme:
     activation_symmetric: bool = False
     per_channel: frozenset[str] = WEIGHTED
     elementwise: frozenset[str] = frozenset()
+    fused_gates: bool = False
     shortcut_only: bool = False
     known_ranges: frozenset[str] = frozenset({"Sigmoid", "HardSigmoid", "Tanh"})
     results: str = "none"
@@ -96,7 +98,7 @@ class Scheme:
     def differences(self, other: "Scheme") -> tuple[str, ...]:
         """What another scheme does differently, as `rule: own -> other`."""
         names = ("weight_symmetric", "activation_symmetric", "shortcut_only", "results", "shared_concat", "bias", "reduce_range")
-        names = (*names, "pairs", "stores")
+        names = (*names, "pairs", "stores", "fused_gates")
         found = [
             f"{name.replace('_', ' ')}: {getattr(self, name)} -> {getattr(other, name)}"
             for name in names
@@ -160,9 +162,11 @@ TARGETS: Mapping[str, Scheme] = {
             "openvino",
             "QuantizeLinear becomes FakeQuantize, which the low-precision passes turn into u8 activations and i8 weights around zero, with "
             "float biases; a Clip in front of it runs in the convolution's epilogue. A residual sum runs there too, where the rounding of "
-            "the convolution's own result is left out, so only the shortcut is quantized; and what a Concat joins is put on one grid, so "
-            "it has one from the start. What is learned is then what runs, bit for bit.",
+            "the convolution's own result is left out, so only the shortcut is quantized, and SiLU and hard swish do, with nothing inside "
+            "on a grid; what a Concat joins is put on one grid, so it has one from the start. What is learned is then what runs, bit for "
+            "bit.",
             elementwise=_POOLS | {"Add", "Mul", "Concat"},
+            fused_gates=True,
             shortcut_only=True,
             shared_concat=True,
             reduce_range=True,
