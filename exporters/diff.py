@@ -237,12 +237,23 @@ def _with_gates(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.Mod
 
     What `swishes` spelled out is joined again.
     """
-    file, adds = QdqGraph(quantized), [node for node in quantized.graph.node if node.op_type == "Add"]
-    known = frozenset({*QdqGraph(source).producer, *(value.name for value in source.graph.input)})
+    before, file = QdqGraph(source), QdqGraph(quantized)
+    known = frozenset({*before.producer, *(value.name for value in source.graph.input)})
     gates: dict[str, onnx.NodeProto] = {}
+
+    def carries(value: str, wanted: str) -> bool:
+        """Whether a value of the file is one of the source's, or what it is before a Relu or Clip that a quantizer took over."""
+        origin = file.behind(value, known)
+        origin = gates[origin].output[0] if origin in gates else origin
+        while wanted != origin and (made := before.producer.get(wanted)) is not None and made.op_type in _FOLDED:
+            wanted = made.input[0]
+        return wanted == origin
+
     for gate in (node for node in source.graph.node if node.op_type == "HardSigmoid"):
-        found = [add for add in adds if file.is_gate(add, gate) and file.behind(add.input[0], known) == gate.input[0]]
-        gates.update((add.output[0], gate) for add in found[:1])
+        adds = (node for node in quantized.graph.node if node.op_type == "Add" and node.output[0] not in gates)
+        found = next((add for add in adds if file.is_gate(add, gate) and carries(add.input[0], gate.input[0])), None)
+        if found is not None:
+            gates[found.output[0]] = gate
     changed = onnx.ModelProto()
     changed.CopyFrom(quantized)
     swishes.join(source.graph, changed.graph, lambda value: file.behind(value, known))

@@ -74,7 +74,9 @@ def export_qdq(
     quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))
     insert_copies(quantized.graph, table.copies)
     if scheme.fused_gates:
-        spell_out(quantized.graph, table.tensors)
+        graph = quantized.graph
+        taken = {value.name for value in (*graph.input, *graph.initializer)}.union(_inner_names(graph.node))
+        spell_out(graph, table.tensors, taken.union(node.name for node in graph.node))
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
     onnx.helper.set_model_props(
         quantized,
@@ -277,9 +279,11 @@ class _Editor:
         if (grid.spec.qmin, grid.spec.qmax) != (storage.low, storage.high) or np.abs(ends - (0, 1)).max() > 1e-6:
             return None
         scaled, shifted = (f"{self._short(name)}_{key}" for key in ("scaled", "shifted"))
-        step = self._constant(f"{scaled}_scale", np.float32(alpha) * np.asarray(operand.scale, np.float32))
-        operands = [self._held_as[x], step, self._parameters(x, operand, storage)[1]]
-        number = self._number(name, _off_tie(beta), storage)
+        step = np.float32(alpha) * np.asarray(operand.scale, np.float32)
+        if step < np.finfo(np.float32).tiny:
+            return None
+        operands = [self._held_as[x], self._constant(f"{scaled}_scale", step), self._parameters(x, operand, storage)[1]]
+        number = self._number(name, _off_tie(beta, grid), storage)
         return [
             helper.make_node("DequantizeLinear", operands, [scaled], f"{name}_Scaled"),
             number,
@@ -296,7 +300,8 @@ class _Editor:
     def _number(self, name: str, number: float, storage: Storage) -> onnx.NodeProto:
         """What makes the number that is added for a value, of the code at one end of a grid whose zero is at the other."""
         shift = f"{self._short(name)}_shift"
-        step = np.float32(abs(number) / (storage.high - storage.low)) if number else np.float32(1)
+        step = np.float32(abs(number) / (storage.high - storage.low))
+        number, step = (number, step) if step >= np.finfo(np.float32).tiny else (0.0, np.float32(1))
         zero, code = (storage.low, storage.high) if number >= 0 else (storage.high, storage.low)
         parts = {"code": np.asarray(code if number else zero), "scale": step, "zero_point": np.asarray(zero)}
         arrays = {key: array if key == "scale" else array.astype(storage.dtype) for key, array in parts.items()}
@@ -482,8 +487,8 @@ def _code_range(grid: TensorQuant, bounds: tuple[float | None, float | None]) ->
     return grid.spec.qmin if low is None else low, grid.spec.qmax if high is None else high
 
 
-def _off_tie(shift: float) -> float:
-    """A shift of a grid of 255 steps from 0 to 1, moved by 1/256 step where it lies between two codes.
+def _off_tie(shift: float, grid: TensorQuant) -> float:
+    """A shift of a grid of 255 steps from 0 to 1, moved by 1/256 step where it lies between two codes, to the one that `quantize` takes.
 
     That of a hard swish does, and all that is near 0 then falls where it is added in front of rounding: to another code in ONNX Runtime's
     kernel than in the file.
@@ -491,7 +496,7 @@ def _off_tie(shift: float) -> float:
     place = shift * 255
     if abs(place - np.floor(place) - 0.5) > 1e-3:
         return shift
-    return shift + np.sign(np.rint(place) - place) / 256 / 255
+    return shift + np.sign(float(quantize(np.array(shift, np.float32), grid)) - place) / 256 / 255
 
 
 def _has_ties(origin: TensorQuant, grid: TensorQuant) -> bool:

@@ -12,12 +12,17 @@ from onnx import helper, numpy_helper
 _NUMBERS = {"three": 3.0, "zero": 0.0, "six": 6.0}
 
 
-def spell_out(graph: onnx.GraphProto, quantized: Container[str]) -> None:
-    """Write a value times its own HardSigmoid of 1/6 and 1/2, with nothing of it on a grid, as four nodes; in place."""
+def spell_out(graph: onnx.GraphProto, quantized: Container[str], taken: set[str]) -> None:
+    """Write a value times its own HardSigmoid of 1/6 and 1/2, with nothing of it on a grid, as four nodes; in place.
+
+    Args:
+        graph: the graph.
+        quantized: the values on grids.
+        taken: names of values and nodes, which those that are made do not get; they are added.
+    """
     swishes = {gate.output[0]: (gate, product) for gate, product in _swishes(graph) if gate.output[0] not in quantized}
     if not swishes:
         return
-    taken = {value for node in graph.node for value in node.output} | {tensor.name for tensor in graph.initializer}
     names = {key: _free(f"hard_swish_{key}", taken) for key in _NUMBERS}
     graph.initializer.extend(numpy_helper.from_array(np.array(number, np.float32), names[key]) for key, number in _NUMBERS.items())
     nodes: list[onnx.NodeProto] = []
@@ -31,10 +36,10 @@ def spell_out(graph: onnx.GraphProto, quantized: Container[str]) -> None:
         x, result = gate.input[0], node.output[0]
         shifted, clipped, product = (_free(f"{result}_{key}", taken) for key in ("shifted", "gate", "product"))
         nodes += [
-            helper.make_node("Add", [x, names["three"]], [shifted], f"{gate.name}_shifted"),
+            helper.make_node("Add", [x, names["three"]], [shifted], _free(f"{gate.name}_shifted", taken)),
             helper.make_node("Clip", [shifted, names["zero"], names["six"]], [clipped], gate.name),
             helper.make_node("Mul", [x, clipped], [product], node.name),
-            helper.make_node("Div", [product, names["six"]], [result], f"{node.name}_divided"),
+            helper.make_node("Div", [product, names["six"]], [result], _free(f"{node.name}_divided", taken)),
         ]
     kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]

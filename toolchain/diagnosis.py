@@ -20,6 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from . import runtime
 from .equalization import evenable
 from .errors import UsageError
+from .flow import FUSED_ACTIVATIONS
 from .graph import Node
 from .noise import Noise, sqnr
 from .progress import Progress
@@ -497,11 +498,14 @@ def _free_layer(source: SourceModel, changed: onnx.ModelProto, quantizers: Mappi
     if quantizer is None:
         return
     origin = quantizer.input[0]
-    if origin != operand and operand in graph.producer:  # its Relu or Clip was absorbed by the quantizer: put it back
+    serving = next((n for n in changed.graph.node if origin in n.output and n.name in (f"{operand}_Clip", f"{operand}_Add")), None)
+    origin = serving.input[0] if serving is not None else origin  # which keeps the value's floats in range, or adds zero
+    absorbed_node = graph.producer.get(operand)
+    if origin != operand and absorbed_node is not None and absorbed_node.op_type in FUSED_ACTIVATIONS:  # by the quantizer: put it back
         restored = operand + _FED
         if not any(restored in other.output for other in changed.graph.node):
             absorbed = onnx.NodeProto()
-            absorbed.CopyFrom(source.node_protos[graph.producer[operand].name])
+            absorbed.CopyFrom(source.node_protos[absorbed_node.name])
             absorbed.name, absorbed.input[0], absorbed.output[0] = f"{restored}_node", origin, restored
             present = {tensor.name for tensor in changed.graph.initializer}
             for value in absorbed.input[1:]:

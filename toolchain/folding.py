@@ -13,10 +13,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from . import large
 from .graph import ONNX_DOMAINS
-from .protos import free_name, inferred_shapes, read_counts, replace_nodes, value_names
+from .protos import defined, free_name, inferred_shapes, read_counts, replace_nodes
 
 _AXES = ("Squeeze", "Unsqueeze", "Transpose")
 _FOLDED = ("Add", "Sub", "Mul", "Div")
+_LEAST = 1e-6  # of a factor, and of its inverse
 _LARGEST_SHIFT = 1e3  # in multiples of what it is added to: float32 keeps four digits beside it
 
 
@@ -30,7 +31,7 @@ def fold_channels(model: onnx.ModelProto) -> None:
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     readers = read_counts(graph)
     producer = {node.output[0]: node for node in graph.node if len(node.output) == 1}
-    taken = value_names(graph)
+    taken = set(defined(graph))
     shapes: dict[str, list[int]] | None = None
     folded: set[int] = set()
     for position, node in enumerate(graph.node):
@@ -87,7 +88,7 @@ class _Numbers:
             for value in dict.fromkeys(node.input):
                 self._readers.setdefault(value, []).append(node)
         self._producer = {node.output[0]: node for node in graph.node if node.output}
-        self._taken = value_names(graph)
+        self._taken = set(defined(graph))
 
     def folds(self, node: onnx.NodeProto) -> bool:
         """Fold the number of a node, where that can be done."""
@@ -106,9 +107,10 @@ class _Numbers:
 
     def _fold_factor(self, node: onnx.NodeProto, x: str, number: float) -> bool:
         """A factor, and what is added behind it, where layers follow whose weights nothing else reads."""
-        if number == 0 or self._is_gelu(x):
+        factor = 1 / number if node.op_type == "Div" and number else number
+        if not _LEAST < abs(factor) < 1 / _LEAST or self._is_gelu(x):
             return False
-        factor, value, shifts = 1 / number if node.op_type == "Div" else number, node.output[0], list[onnx.NodeProto]()
+        value, shifts = node.output[0], list[onnx.NodeProto]()
         while self._counts[value] == len(only := self._readers.get(value, [])) == 1 and only[0].op_type in ("Add", "Sub"):
             shift = self._parts(only[0])[1]
             if shift is None or abs(shift) >= _LARGEST_SHIFT * abs(factor):
@@ -196,7 +198,7 @@ def _inverse(kind: str, values: np.ndarray) -> np.ndarray:
     """What to add in place of subtracting values, or to multiply with in place of dividing by them."""
     if kind == "Sub":
         return -values
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return 1 / values if kind == "Div" else values
 
 
@@ -315,6 +317,8 @@ def _fold(
     else:
         holder, index = node, 2
     bias = holder.input[index] if index < len(holder.input) else ""
+    if bias == weight:
+        return False
     if kind == "Add" and node.op_type == "MatMul" and layer.added is None:
         return False  # which has no bias: the Add stays behind it
     if kind == "Mul" and readers[weight] > 1 and not layer.moves:
@@ -328,6 +332,8 @@ def _fold(
     if kind == "Mul":
         array = large.array(tensors[weight])
         changed[weight] = array * values.reshape([-1 if axis == layer.channels else 1 for axis in range(array.ndim)])
+    if not all(np.isfinite(array).all() for array in changed.values()):
+        return False
     own = {name: f"{node.output[0]}_{'weight' if name == weight else 'bias'}" for name in changed if not name or readers[name] > 1}
     if not taken.isdisjoint(own.values()):
         return False
