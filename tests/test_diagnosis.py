@@ -287,3 +287,15 @@ def test_layers_whose_results_several_read_in_float_have_a_row(tmp_path: Path) -
     assert layer.node == source.graph.weighted[0].name
     assert layer.gain is not None
     assert layer.gain > 40  # the only noise there is
+
+
+def test_a_layer_in_float_reads_what_the_clip_of_its_grid_reads(tmp_path: Path) -> None:
+    """Targets that take no integers between the pair have a Clip on floats, which is no Relu of the model's."""
+    b = zoo.Builder({"x": ["N", 16]})
+    y = b.op("Sigmoid", b.op("MatMul", "x", b.weight("w", (16, 16), 16)))
+    source = zoo.loaded(b.model(b.op("MatMul", y, b.weight("v", (16, 4), 16))), tmp_path)
+    config = Config(algorithm="minmax", device="cpu", target="openvino", first_last_bits="same")
+    samples = zoo.images(8, (16,))
+    file = export_qdq(source.model, quantize(source, samples, config).table, scheme=config.scheme)
+    found = diagnose(source, file, samples)
+    assert all(layer.gain is not None and layer.gain > 0.5 for layer in found.layers)  # dB; it was -10 with a Sigmoid of a Sigmoid

@@ -2,12 +2,14 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import helper
 
 from tests import zoo
 from toolchain import runtime
@@ -175,15 +177,36 @@ def test_the_number_of_a_gelu_stays_with_it(tmp_path: Path) -> None:
     assert kinds_of(b, [b.conv(y, 4, 5, 1)], tmp_path).count("Mul") == 2
 
 
-@pytest.mark.parametrize("number", [0.0, np.inf, 1e-8], ids=str)
-def test_numbers_that_cannot_be_divided_by_stay(number: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "number"), [("Mul", 0.0), ("Mul", np.inf), ("Mul", 1e-8), ("Div", 1e-40), ("Mul", 3e38)], ids=str)
+def test_numbers_that_cannot_be_divided_by_stay(kind: str, number: float, tmp_path: Path) -> None:
     b, x = images()
-    y = numbered(b, x, ("Mul", number), ("Add", 0.5))
+    y = numbered(b, x, (kind, number), ("Add", 0.5))
     source = zoo.loaded(b.model(b.conv(y, 4, 5)), tmp_path)
-    assert "Mul" in [node.op_type for node in source.graph.nodes]
+    assert kind in [node.op_type for node in source.graph.nodes]
 
 
 # ---------------------------------------------------------------- behind layers
+
+
+def test_a_weight_that_is_added_too_stays_a_weight(tmp_path: Path) -> None:
+    b, x = images()
+    w = b.weight("w", (1, 4), 1)
+    product = b.op("Gemm", b.op("ReduceMean", b.op("Flatten", x), axes=[1]), w, w)
+    y = b.op("Add", product, b.constant("v", CHANNELS))
+    kinds_of(b, [b.op("Tanh", y)], tmp_path)
+
+
+def test_names_inside_branches_are_not_taken(tmp_path: Path) -> None:
+    """A bias that is made has a name of its own."""
+    b, x = images()
+    y = numbered(b, b.conv(x, 4, 4, bias=False), ("Add", 0.3))
+    inner = f"{b.nodes[-2].output[0]}_bias"
+    branches: dict[str, Any] = {
+        name: helper.make_graph([helper.make_node("Exp", [y], [made])], name, [], [onnx.ValueInfoProto(name=made)])
+        for name, made in (("then_branch", inner), ("else_branch", f"{inner}_else"))
+    }
+    chosen = b.op("If", b.op("Greater", b.op("ReduceMax", x, keepdims=0), b.constant("none", np.array(0, np.float32))), **branches)
+    kinds_of(b, [chosen], tmp_path)
 
 
 def test_one_number_behind_a_convolution(tmp_path: Path) -> None:

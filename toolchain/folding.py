@@ -331,7 +331,8 @@ def _fold(
         changed[bias] = shift + values if kind == "Add" else shift * values
     if kind == "Mul":
         array = large.array(tensors[weight])
-        changed[weight] = array * values.reshape([-1 if axis == layer.channels else 1 for axis in range(array.ndim)])
+        with np.errstate(over="ignore"):
+            changed[weight] = array * values.reshape([-1 if axis == layer.channels else 1 for axis in range(array.ndim)])
     if not all(np.isfinite(array).all() for array in changed.values()):
         return False
     own = {name: f"{node.output[0]}_{'weight' if name == weight else 'bias'}" for name in changed if not name or readers[name] > 1}
