@@ -300,7 +300,7 @@ def main() -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=20 * args.limit, env=environment)
-            last = (done.stderr.strip().splitlines() or [""])[-1]
+            last = (done.stderr.strip().splitlines() or [""])[-1].replace(f"{file.parent}/", "").removeprefix("toolchain.errors.")
             too_long = done.returncode == -signal.SIGXCPU
             rows[name] = json.loads(done.stdout) if done.returncode == 0 else {"error": last or f"exit code {done.returncode}"}
         except subprocess.TimeoutExpired:
