@@ -170,9 +170,11 @@ def compare(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Difference:
         quantized: a QDQ file of any tool that keeps the names of values.
     """
     source = _at_opset_of(source, quantized)
-    quantized = _with_gates(source, quantized)
-    before, after = QdqGraph(source), QdqGraph(quantized)
+    before = QdqGraph(source)
     known = frozenset({*before.producer, *(value.name for value in before.graph.input)})
+    if any(node.op_type == "HardSigmoid" for node in source.graph.node):
+        quantized = _with_gates(before, quantized, known)
+    after = QdqGraph(quantized)
     changes = [*_interface(source, quantized)]
     constants: dict[str, Constant] = {}
     folded: dict[str, None] = {}
@@ -232,13 +234,12 @@ def _at_opset_of(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.Mo
         return source
 
 
-def _with_gates(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.ModelProto:
+def _with_gates(before: QdqGraph, quantized: onnx.ModelProto, known: frozenset[str]) -> onnx.ModelProto:
     """The file with a HardSigmoid where an Add stands for the source's: of its operand's codes times the slope, and of the shift.
 
     What `swishes` spelled out is joined again.
     """
-    before, file = QdqGraph(source), QdqGraph(quantized)
-    known = frozenset({*before.producer, *(value.name for value in source.graph.input)})
+    file = QdqGraph(quantized)
     gates: dict[str, onnx.NodeProto] = {}
 
     def carries(value: str, wanted: str) -> bool:
@@ -249,14 +250,14 @@ def _with_gates(source: onnx.ModelProto, quantized: onnx.ModelProto) -> onnx.Mod
             wanted = made.input[0]
         return wanted == origin
 
-    for gate in (node for node in source.graph.node if node.op_type == "HardSigmoid"):
+    for gate in (node for node in before.graph.node if node.op_type == "HardSigmoid"):
         adds = (node for node in quantized.graph.node if node.op_type == "Add" and node.output[0] not in gates)
         found = next((add for add in adds if file.is_gate(add, gate) and carries(add.input[0], gate.input[0])), None)
         if found is not None:
             gates[found.output[0]] = gate
     changed = onnx.ModelProto()
     changed.CopyFrom(quantized)
-    swishes.join(source.graph, changed.graph, lambda value: file.behind(value, known))
+    swishes.join(before.graph, changed.graph, lambda value: file.behind(value, known))
     for node in changed.graph.node:
         if node.op_type == "Add" and node.output[0] in gates:
             gate, scaled = gates[node.output[0]], node.input[0]

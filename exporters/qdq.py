@@ -27,7 +27,7 @@ lies on a tie of the copy's grid there is no Add, so that the file says what run
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
@@ -43,6 +43,7 @@ from toolchain.scheme import ORT_CPU, Scheme
 
 from .storage import Storage, packed_storage_of, storage_of
 from .swishes import spell_out
+from .walks import all_nodes, reads, replace_nodes, subgraphs, value_names
 
 METADATA_PREFIX = "mrecg_onnx."
 _LONG = 32  # characters
@@ -74,9 +75,7 @@ def export_qdq(
     quantized = _at_opset(model, max(storages.values(), key=lambda storage: storage.opset, default=None))
     insert_copies(quantized.graph, table.copies)
     if scheme.fused_gates:
-        graph = quantized.graph
-        taken = {value.name for value in (*graph.input, *graph.initializer)}.union(_inner_names(graph.node))
-        spell_out(graph, table.tensors, taken.union(node.name for node in graph.node))
+        spell_out(quantized.graph, table.tensors)
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
     onnx.helper.set_model_props(
         quantized,
@@ -148,9 +147,9 @@ def _complaint(model: onnx.ModelProto) -> str | None:
 def _tables(graph: onnx.GraphProto, table: QuantTable) -> frozenset[str]:
     """The constants of a quantization table that are only looked up."""
     found = {name for name, grid in table.tensors.items() if grid.codes is not None}
-    for node in _all_nodes(graph.node):
+    for node in all_nodes(graph.node):
         found.difference_update(node.input[1:] if _is_lookup(node) else node.input)
-    return frozenset(found.intersection(_reads(graph.node)))
+    return frozenset(found.intersection(reads(graph.node)))
 
 
 def _is_lookup(node: onnx.NodeProto) -> bool:
@@ -213,7 +212,7 @@ class _Editor:
         self._with_parameters: set[str] = set()
         self._bases: dict[str, str] = {}
         self._held_as: dict[str, str] = {}  # value -> the integers that its DequantizeLinear reads
-        self._taken = {*self._constants, *(value.name for value in graph.input), *_inner_names(graph.node)}
+        self._taken = value_names(graph)
 
     def edit(self) -> None:
         table = self._table.tensors
@@ -222,14 +221,14 @@ class _Editor:
             biases = {name: grid for name, grid in table.items() if grid.spec.bits == BIAS_BITS}
             table = {name: grid for name, grid in table.items() if name not in biases}
             self._new_constants += [numpy_helper.from_array(grid.dequantized(), name) for name, grid in biases.items()]
-        read = set(_reads(self._graph.node))
+        read = set(reads(self._graph.node))
         float_ends = self._outputs - self._quantized_outputs - read  # of a table for a target that quantizes graph outputs
         table = {name: grid for name, grid in table.items() if name not in float_ends}
         # A quantized graph output keeps its name behind the pair; the value in front of it gets another.
         renamed = {name: self._dequantized(name) for name, grid in table.items() if grid.codes is None}
         for name in sorted(self._tables):
             self._look_up(self._graph, name, self._codes(name, table[name]))
-        branches = any(_subgraphs(node) for node in self._graph.node)
+        branches = any(subgraphs(node) for node in self._graph.node)
         for name, grid in table.items():
             if grid.codes is not None and name not in self._tables:
                 home, before = _home(self._graph, name) if branches else self._graph, len(self._new_constants)
@@ -260,9 +259,8 @@ class _Editor:
                     continue
                 origin = made if bounds is None else kept.input[0]
                 nodes += self._pair(output, origin, table[output], bounds or (None, None))
-        read = self._outputs.union(_reads(nodes))  # not what a HardSigmoid alone read
-        del self._graph.node[:]
-        self._graph.node.extend(node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read)
+        read = self._outputs.union(reads(nodes))  # not what a HardSigmoid alone read
+        replace_nodes(self._graph, (node for node in nodes if node.op_type != "DequantizeLinear" or node.output[0] in read))
         self._replace_initializers()
 
     def _hard_sigmoid(self, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -392,7 +390,7 @@ class _Editor:
         channels = self._table[name].spec.axis is not None
         nodes: list[onnx.NodeProto] = []
         for node in graph.node:
-            for subgraph in _subgraphs(node):
+            for subgraph in subgraphs(node):
                 self._look_up(subgraph, name, codes)
             nodes.append(node)
             if _is_lookup(node) and node.input[0] == name:
@@ -403,9 +401,7 @@ class _Editor:
                 if channels:
                     nodes[-1].attribute.append(helper.make_attribute("axis", -1))
         if len(nodes) > len(graph.node):
-            copies = [_copied(node) for node in nodes]
-            del graph.node[:]
-            graph.node.extend(copies)
+            replace_nodes(graph, nodes)
 
     def _constant_pair(self, name: str, grid: TensorQuant) -> onnx.NodeProto:
         node = helper.make_node("DequantizeLinear", self._codes(name, grid), [name], f"{name}_DequantizeLinear")
@@ -433,7 +429,7 @@ class _Editor:
 
     def _replace_initializers(self) -> None:
         """Drop constants that nothing reads any more (float weights, absorbed bounds) and what was declared of vanished values."""
-        read = set(_reads(self._graph.node)) | self._outputs
+        read = set(reads(self._graph.node)) | self._outputs
         made = {value for node in self._graph.node for value in node.output}
         gone = made | self._kept_as_codes | {tensor.name for tensor in self._new_constants}
         kept = [tensor for tensor in self._graph.initializer if tensor.name in read and tensor.name not in gone]
@@ -450,15 +446,11 @@ def _home(graph: onnx.GraphProto, name: str) -> onnx.GraphProto:
 
     The body of a Loop would do it again in every round.
     """
-    readers = [node for node in graph.node if name in _reads([node])]
+    readers = [node for node in graph.node if name in reads([node])]
     if len(readers) != 1 or readers[0].op_type != "If" or name in (output.name for output in graph.output):
         return graph
-    branches = [g for g in _subgraphs(readers[0]) if name in _reads(g.node) or name in (output.name for output in g.output)]
+    branches = [g for g in subgraphs(readers[0]) if name in reads(g.node) or name in (output.name for output in g.output)]
     return _home(branches[0], name) if len(branches) == 1 else graph
-
-
-def _subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [graph for a in node.attribute for graph in [*a.graphs, *([a.g] if a.HasField("g") else [])]]
 
 
 def _copied(node: onnx.NodeProto) -> onnx.NodeProto:
@@ -471,7 +463,7 @@ def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
     """Let a node, and what its subgraphs take from around them, read values under their new names."""
     for index, value in enumerate(node.input):
         node.input[index] = renamed.get(value, value)
-    for subgraph in _subgraphs(node):
+    for subgraph in subgraphs(node):
         own = {value for inner in subgraph.node for value in inner.output}
         own |= {value.name for value in subgraph.input} | {tensor.name for tensor in subgraph.initializer}
         outer = {old: new for old, new in renamed.items() if old not in own}
@@ -507,24 +499,3 @@ def _has_ties(origin: TensorQuant, grid: TensorQuant) -> bool:
     places = places[(places > grid.spec.qmin - 1) & (places < grid.spec.qmax + 1)]  # what is farther outside saturates in any case
     largest = ratio * (np.abs(codes).max() + abs(float(origin.zero_point))) + abs(float(grid.zero_point))
     return bool((np.abs(places - np.floor(places) - 0.5) < 8 * np.finfo(np.float32).eps * largest).any())
-
-
-def _inner_names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    """The names of all values that nodes make, and of what their subgraphs have."""
-    for node in _all_nodes(nodes):
-        yield from node.output
-        for graph in _subgraphs(node):
-            yield from (value.name for value in (*graph.input, *graph.initializer))
-
-
-def _reads(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
-    for node in _all_nodes(nodes):
-        yield from node.input
-
-
-def _all_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Nodes, and those in their subgraphs."""
-    for node in nodes:
-        yield node
-        for subgraph in _subgraphs(node):
-            yield from _all_nodes(subgraph.node)

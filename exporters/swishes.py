@@ -9,21 +9,25 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from toolchain.graph import free_name
+
+from .walks import all_nodes, reads, replace_nodes, subgraphs, value_names
+
 _NUMBERS = {"three": 3.0, "zero": 0.0, "six": 6.0}
 
 
-def spell_out(graph: onnx.GraphProto, quantized: Container[str], taken: set[str]) -> None:
+def spell_out(graph: onnx.GraphProto, quantized: Container[str]) -> None:
     """Write a value times its own HardSigmoid of 1/6 and 1/2, with nothing of it on a grid, as four nodes; in place.
 
     Args:
         graph: the graph.
         quantized: the values on grids.
-        taken: names of values and nodes, which those that are made do not get; they are added.
     """
     swishes = {gate.output[0]: (gate, product) for gate, product in _swishes(graph) if gate.output[0] not in quantized}
     if not swishes:
         return
-    names = {key: _free(f"hard_swish_{key}", taken) for key in _NUMBERS}
+    taken = value_names(graph).union(node.name for node in graph.node)
+    names = {key: free_name(f"hard_swish_{key}", taken) for key in _NUMBERS}
     graph.initializer.extend(numpy_helper.from_array(np.array(number, np.float32), names[key]) for key, number in _NUMBERS.items())
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -34,16 +38,14 @@ def spell_out(graph: onnx.GraphProto, quantized: Container[str], taken: set[str]
             nodes.append(node)
             continue
         x, result = gate.input[0], node.output[0]
-        shifted, clipped, product = (_free(f"{result}_{key}", taken) for key in ("shifted", "gate", "product"))
+        shifted, clipped, product = (free_name(f"{result}_{key}", taken) for key in ("shifted", "gate", "product"))
         nodes += [
-            helper.make_node("Add", [x, names["three"]], [shifted], _free(f"{gate.name}_shifted", taken)),
+            helper.make_node("Add", [x, names["three"]], [shifted], free_name(f"{gate.name}_shifted", taken)),
             helper.make_node("Clip", [shifted, names["zero"], names["six"]], [clipped], gate.name),
             helper.make_node("Mul", [x, clipped], [product], node.name),
-            helper.make_node("Div", [product, names["six"]], [result], _free(f"{node.name}_divided", taken)),
+            helper.make_node("Div", [product, names["six"]], [result], free_name(f"{node.name}_divided", taken)),
         ]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, nodes)
 
 
 def join(source: onnx.GraphProto, graph: onnx.GraphProto, origin: Callable[[str], str]) -> bool:
@@ -70,9 +72,7 @@ def join(source: onnx.GraphProto, graph: onnx.GraphProto, origin: Callable[[str]
     if not joined:
         return False
     nodes = [part for node in graph.node for part in joined.get(id(node), () if id(node) in gone else (node,))]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, nodes)
     return True
 
 
@@ -80,9 +80,10 @@ def _swishes(graph: onnx.GraphProto) -> Iterable[tuple[onnx.NodeProto, onnx.Node
     """Each HardSigmoid of 1/6 and 1/2 with the Mul that alone reads it, and its operand."""
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
-        for value in _read(node):
+        for value in reads([node]):
             readers.setdefault(value, []).append(node)
     outputs = {output.name for output in graph.output}
+    outputs.update(output.name for node in all_nodes(graph.node) for inner in subgraphs(node) for output in inner.output)
     for gate in graph.node:
         if gate.op_type != "HardSigmoid" or gate.domain not in ("", "ai.onnx") or gate.output[0] in outputs:
             continue
@@ -94,15 +95,6 @@ def _swishes(graph: onnx.GraphProto) -> Iterable[tuple[onnx.NodeProto, onnx.Node
             yield gate, found[0]
 
 
-def _read(node: onnx.NodeProto) -> Iterable[str]:
-    yield from node.input
-    for attribute in node.attribute:
-        for graph in (*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])):
-            for inner in graph.node:
-                yield from _read(inner)
-            yield from (output.name for output in graph.output)
-
-
 def _chain(last: onnx.NodeProto | None, producer: Mapping[str, onnx.NodeProto], numbers: Mapping[str, np.ndarray]) -> list[onnx.NodeProto]:
     """Div, Mul, Clip and Add of `spell_out`, the last first; empty where a node is something else."""
     nodes: list[onnx.NodeProto] = []
@@ -112,10 +104,3 @@ def _chain(last: onnx.NodeProto | None, producer: Mapping[str, onnx.NodeProto], 
         nodes.append(last)
         last = producer.get(last.input[place])
     return nodes
-
-
-def _free(wanted: str, taken: set[str]) -> str:
-    while wanted in taken:
-        wanted += "_"
-    taken.add(wanted)
-    return wanted

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 import onnx
 from onnx import helper
 
+from .protos import replace_nodes
 from .quant_table import Copy
 
 
@@ -18,10 +19,7 @@ def insert_copies(graph: onnx.GraphProto, copies: Mapping[str, Copy]) -> None:
     copies = {name: copy for name, copy in copies.items() if name not in made}
     if not copies:
         return
-    nodes = list(_inserted(list(graph.node), copies))
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
+    replace_nodes(graph, list(_inserted(list(graph.node), copies)))
 
 
 def _inserted(nodes: list[onnx.NodeProto], copies: Mapping[str, Copy]) -> Iterator[onnx.NodeProto]:

@@ -238,18 +238,25 @@ def _quantizers(source: SourceModel, quantized: onnx.ModelProto) -> dict[str, on
 def _parts(session: runtime.Session, samples: Samples) -> list[Samples]:
     """The samples in parts whose values, as a session hands them out, take no more memory than they should."""
     least = runtime.fixed_batch(session, samples.inputs) or 1
+    if samples.count <= least:
+        return [samples]
     first = samples.first(least)
     made = runtime.run(session, first.inputs)
     size = least * max(1, _HELD // max(sum(array.nbytes for array in made.values()), 1))
     return [samples.taken(np.arange(start, min(start + size, samples.count))) for start in range(0, samples.count, size)]
 
 
+def _split(model: onnx.ModelProto, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of values that nodes of a model make, and the others."""
+    made = {value for node in model.graph.node for value in node.output}
+    return [name for name in names if name in made], [name for name in names if name not in made]
+
+
 class _Running:
     """Values from inside a model as the file says, node by node; what the model lacks is taken from the feeds."""
 
     def __init__(self, model: onnx.ModelProto, names: Sequence[str]) -> None:
-        made = {value for node in model.graph.node for value in node.output}
-        self._inside, self._given = ([name for name in names if (name in made) == is_made] for is_made in (True, False))
+        self._inside, self._given = _split(model, names)
         self._session = runtime.exposing(model, self._inside, Optimization.NONE) if self._inside else None
 
     def values(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -261,8 +268,7 @@ class _Cut:
     """Values of the file with every quantizer reading the float model's value of the same pass, whole, whatever its axes count."""
 
     def __init__(self, quantized: onnx.ModelProto, quantizers: Mapping[str, onnx.NodeProto], observed: Sequence[str]) -> None:
-        made = {value for node in quantized.graph.node for value in node.output}
-        self._inside, self._rest = ([name for name in observed if (name in made) == is_made] for is_made in (True, False))
+        self._inside, self._rest = _split(quantized, observed)
         self._quantizers = quantizers
         changed = onnx.ModelProto()
         changed.CopyFrom(quantized)

@@ -11,10 +11,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from . import large
-from .graph import ONNX_DOMAINS
-from .protos import defined, free_name, inferred_shapes, referenced, replace_nodes
+from .graph import ONNX_DOMAINS, free_name
+from .protos import defined, inferred_shapes, referenced, replace_nodes
 
-_MATRIX = 2  # axes
+_OPERANDS = 2
 
 
 def multiply_matrices(model: onnx.ModelProto) -> None:
@@ -81,7 +81,7 @@ def terms_of(equation: str, ranks: Sequence[int | None]) -> Terms | None:
     """
     left, arrow, result = equation.replace(" ", "").partition("->")
     operands = left.split(",")
-    if len(operands) != len(ranks) or len(operands) != 2:
+    if len(operands) != len(ranks) or len(operands) != _OPERANDS:
         return None
     fresh = [letter for letter in string.ascii_letters if letter not in equation]
     hidden = ""
@@ -102,7 +102,7 @@ def terms_of(equation: str, ranks: Sequence[int | None]) -> Terms | None:
 
 
 def _is_candidate(node: onnx.NodeProto) -> bool:
-    return node.op_type == "Einsum" and node.domain in ONNX_DOMAINS and len(node.input) == _MATRIX
+    return node.op_type == "Einsum" and node.domain in ONNX_DOMAINS and len(node.input) == _OPERANDS
 
 
 @dataclass

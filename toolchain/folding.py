@@ -12,8 +12,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from . import large
-from .graph import ONNX_DOMAINS
-from .protos import defined, free_name, inferred_shapes, read_counts, replace_nodes
+from .graph import ONNX_DOMAINS, free_name
+from .protos import defined, inferred_shapes, number_in, read_counts, replace_nodes
 
 _AXES = ("Squeeze", "Unsqueeze", "Transpose")
 _FOLDED = ("Add", "Sub", "Mul", "Div")
@@ -153,10 +153,7 @@ class _Numbers:
             return None, None
         if node.op_type in ("Div", "Sub") and node.input[0] in self._tensors:
             return None, None
-        tensor = self._tensors[constants[0]]
-        if tensor.data_type != TensorProto.FLOAT or len(tensor.dims) > 1 or int(np.prod(tensor.dims)) != 1:
-            return None, None
-        return next(name for name in node.input if name not in self._tensors), float(large.array(tensor).reshape(()))
+        return next(name for name in node.input if name not in self._tensors), number_in(self._tensors[constants[0]])
 
     def _layers(self, value: str) -> Sequence[onnx.NodeProto]:
         """The layers with float32 weights that alone read a value, as what they multiply; none where others do."""

@@ -5,13 +5,11 @@ Keras and Paddle write x * clip(x + 3, 0, 6) / 6, PyTorch one operator or two, b
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
-from . import large
-from .graph import ONNX_DOMAINS
-from .protos import defined, free_name, read_counts, replace_nodes
+from .graph import ONNX_DOMAINS, free_name
+from .protos import defined, number_in, read_counts, replace_nodes
 
 _EXACT = 1e-6  # of a factor that should be the inverse of another, in float32
 
@@ -79,10 +77,10 @@ class _Finder:
             return None
         replaced, slope = {add.output[0]}, 1.0
         scaled = self._only_producer(x, "Mul") if with_slope else None
-        factor = self._with_number(scaled)[1] if scaled is not None else None
-        if scaled is not None and factor is not None and factor > 0:
+        inner, factor = self._with_number(scaled) if scaled is not None else (None, None)
+        if inner is not None and factor is not None and factor > 0:
             replaced.add(x)
-            x, slope = self._with_number(scaled)[0] or x, factor
+            x, slope = inner, factor
         if high == 1.0:
             return self._made(clip, x, None, clip.output[0], slope, shift), replaced
         value, other = clip.output[0], None
@@ -95,8 +93,7 @@ class _Finder:
             behind = self._only_reader(value)
         if behind is None or not self._divides(behind, value, high):
             return None
-        last = behind
-        return self._made(last, x, other, last.output[0], slope / high, shift / high), replaced
+        return self._made(behind, x, other, behind.output[0], slope / high, shift / high), replaced
 
     def _made(self, last: onnx.NodeProto, x: str, factor: str | None, result: str, alpha: float, beta: float) -> list[onnx.NodeProto]:
         gate = result if factor is None else free_name(f"{result}_gate", self._taken)
@@ -117,11 +114,7 @@ class _Finder:
         return node.op_type == "Mul" and abs(constant * number - 1) < _EXACT
 
     def _number(self, name: str) -> float | None:
-        """The float32 constant of one element that a name stands for, if it leaves the other operand its shape."""
-        tensor = self._constants.get(name)
-        if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) > 1 or int(np.prod(tensor.dims)) != 1:
-            return None
-        return float(large.array(tensor).reshape(()))
+        return number_in(self._constants.get(name))
 
     def _with_number(self, node: onnx.NodeProto) -> tuple[str | None, float | None]:
         """The computed operand of an Add or Mul, and the other one where it is a number."""

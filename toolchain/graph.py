@@ -8,6 +8,8 @@ from functools import cached_property
 WEIGHT_INPUT: Mapping[str, int] = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 BIAS_INPUT: Mapping[str, int] = {"Conv": 2, "ConvTranspose": 2, "Gemm": 2}
 ONNX_DOMAINS = ("", "ai.onnx")
+# Of what ONNX Runtime laid out for the vector registers of one CPU.
+BLOCKED_DOMAIN = "com.microsoft.nchwc"
 
 
 @dataclass(frozen=True)
@@ -164,3 +166,11 @@ def shape_arithmetic(operators: Iterable[tuple[str, Sequence[str], Sequence[str]
         if kind in ("Shape", "Size", "Constant") or all(not value or value in found or value in constants for value in inputs):
             found.update(outputs)
     return found
+
+
+def free_name(wanted: str, taken: set[str]) -> str:
+    """A name as wanted, lengthened until nothing has it; it is taken from then on."""
+    while wanted in taken:
+        wanted += "_"
+    taken.add(wanted)
+    return wanted

@@ -13,9 +13,10 @@ from .equations import multiply_matrices
 from .errors import UnsupportedModelError, first_line
 from .folding import fold_channels, fold_numbers
 from .gates import join_gates
+from .graph import free_name
 from .loops import capture_constants
 from .products import give_own_biases, join_biases, split_sums, spread_biases
-from .protos import defined, free_name, inferred_shapes, referenced, rename_values, subgraphs, value_names
+from .protos import defined, inferred_shapes, referenced, rename_values, subgraphs, value_names
 from .raising import MIN_OPSET, opset_of, raised
 from .sizes import fold_known_sizes
 from .unfusing import unfuse

@@ -1,10 +1,11 @@
 """Walks over the protobufs of a graph, through the subgraphs that control flow holds in attributes."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import onnx
-from onnx import shape_inference
+from onnx import TensorProto, shape_inference
 
 from . import large
 
@@ -76,12 +77,11 @@ def defined(graph: onnx.GraphProto) -> Counter[str]:
     return found
 
 
-def free_name(wanted: str, taken: set[str]) -> str:
-    """A name as wanted, lengthened until nothing has it; it is taken from then on."""
-    while wanted in taken:
-        wanted += "_"
-    taken.add(wanted)
-    return wanted
+def number_in(tensor: onnx.TensorProto | None) -> float | None:
+    """The number that a float32 constant of one element is, if it leaves what it is added to or multiplied with its shape."""
+    if tensor is None or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) > 1 or math.prod(tensor.dims) != 1:
+        return None
+    return float(large.array(tensor).reshape(()))
 
 
 def replace_nodes(graph: onnx.GraphProto, nodes: Sequence[onnx.NodeProto]) -> None:

@@ -20,6 +20,7 @@ import onnxruntime as ort
 
 from . import large
 from .errors import UnsupportedModelError, UsageError, first_line
+from .graph import BLOCKED_DOMAIN
 from .protos import replace_nodes, value_names
 from .quant_table import FLOAT8
 
@@ -28,7 +29,6 @@ Session = ort.InferenceSession
 BATCH = 64  # samples per run when the model leaves its batch axis open
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-BLOCKED_DOMAIN = "com.microsoft.nchwc"
 _BLOCKED = "_nchwc"
 # In front of an fp8 QuantizeLinear, ONNX Runtime 1.31 fails on a Clip and drops a Relu, as if negative numbers could not pass it.
 _FLOAT8_BREAKS = frozenset({"ClipQuantRewrite", "ReluQuantRewrite"})

@@ -8,7 +8,8 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 
 from . import runtime
 from .errors import UnsupportedModelError
-from .protos import defined, free_name, rename_values, subgraphs
+from .graph import free_name
+from .protos import defined, rename_values, subgraphs
 
 _HALF = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16})
 _SUFFIX = "_float32"

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from .graph import ONNX_DOMAINS, WEIGHT_INPUT, Graph, channel_axis
-from .protos import defined, free_name, rename_values, subgraphs, value_names
+from .graph import ONNX_DOMAINS, WEIGHT_INPUT, Graph, channel_axis, free_name
+from .protos import defined, rename_values, subgraphs, value_names
 
 CONTROL_FLOW = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 RECURRENT = frozenset({"LSTM", "GRU", "RNN"})

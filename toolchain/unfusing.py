@@ -10,7 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from . import large, runtime
+from . import large
+from .graph import BLOCKED_DOMAIN
 from .protos import read_counts, replace_nodes, value_names
 
 _FUSED = "com.microsoft"
@@ -41,7 +42,7 @@ def unfuse(graph: onnx.GraphProto) -> None:
 
 def is_for_one_cpu(graph: onnx.GraphProto) -> bool:
     """Whether convolutions were laid out for the vector registers of the CPU that optimised the model: that cannot be undone."""
-    return any(node.domain == runtime.BLOCKED_DOMAIN for node in graph.node)
+    return any(node.domain == BLOCKED_DOMAIN for node in graph.node)
 
 
 class _Editor:

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from .graph import ONNX_DOMAINS
-from .protos import defined, free_name, inferred_shapes, replace_nodes
+from .graph import ONNX_DOMAINS, free_name
+from .protos import defined, inferred_shapes, replace_nodes
 
 
 def avoid_defects(model: onnx.ModelProto) -> None:
