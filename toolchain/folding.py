@@ -176,7 +176,9 @@ class _Numbers:
     def _is_gelu(self, value: str) -> bool:
         """Whether a value is x (1 + erf(...)) or x (1 + tanh(...)), which ONNX Runtime fuses with the 1 / 2 that follows."""
         product = self._producer.get(value)
-        sums = [self._producer.get(name) for name in product.input] if product is not None and product.op_type == "Mul" else []
+        if product is None or product.op_type != "Mul" or not self._tensors.keys().isdisjoint(product.input):
+            return False
+        sums = [self._producer.get(name) for name in product.input]
         inside = [self._producer.get(name) for one in sums if one is not None and one.op_type == "Add" for name in one.input]
         return any(node is not None and node.op_type in ("Erf", "Tanh") for node in inside)
 
