@@ -25,8 +25,18 @@ class DataConfig:
     eval_data: str | None = option(None, "Evaluation samples, with labels where accuracy is wanted; same forms.", "data", is_file=True)
     eval_samples: int | None = option(None, "Most evaluation samples to use; default all.", "data", low=1)
     labels: str | None = option(None, "CSV of `file name,class number` for an evaluation image folder.", "data", is_file=True)
+    metric: str | None = option(
+        None,
+        "A measure of your own in place of top-1: module:function, given the outputs (arrays by name) and the labels (of any kind); it "
+        "returns one number for each sample, or one for all; higher is better.",
+        "data",
+    )
     max_drop: float | None = option(
-        None, "Largest drop allowed, in points of top-1 (of agreement without labels); more gives exit code 6.", "data", low=0.0, high=100.0
+        None,
+        "Largest drop allowed, in points of top-1 (of agreement without labels) or in the unit of --metric; more gives exit code 6.",
+        "data",
+        low=0.0,
+        high=100.0,
     )
     image_preset: str = option("imagenet", "Image preprocessing.", "images", choices=("imagenet", "tf", "raw01", "raw255"))
     image_size: str | None = option(None, "Height and width, as 224 or 224x320; default: the model's.", "images")
@@ -42,6 +52,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             check(spec, getattr(self, spec.name))
+        if self.metric is not None and not all(self.metric.partition(":")[::2]):
+            raise UsageError(f"--metric {self.metric}: expected module:function")
         for name in ("image_size", "image_crop", "image_mean", "image_std"):
             getattr(self, name.removeprefix("image_"))  # refuse bad spellings early
 

@@ -35,6 +35,12 @@ def paired_difference(lost: int, won: int, trials: int, z: float = Z95) -> tuple
     return 100 * max(difference - spread, -1.0), 100 * min(difference + spread, 1.0)
 
 
+def paired_mean(differences: np.ndarray, z: float = Z95) -> tuple[float, float]:
+    """Interval of the mean of differences [N] between two values of the same sample each, N > 1: normal, by the central limit theorem."""
+    spread = z * float(differences.std(ddof=1)) / math.sqrt(len(differences))
+    return float(differences.mean()) - spread, float(differences.mean()) + spread
+
+
 def pearson(x: Sequence[float], y: Sequence[float], z: float = Z95) -> tuple[float, float, float] | None:
     """Correlation with its interval by Fisher's transformation (r, low, high); None below four pairs or without variation."""
     a, b = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -31,6 +31,7 @@ _STEP_FUNCTIONS = frozenset(
     }
 )
 _FLOAT_STEPS = 255  # float outputs are compared in steps of an 8-bit grid over their range
+_LEAST_RANGE = 1e-3  # of the magnitude: what varies by less (sums of a Softmax, all 1) may vary by the rounding of floats alone
 
 
 @dataclass(frozen=True)
@@ -229,5 +230,5 @@ def _steps(expected: np.ndarray, found: np.ndarray) -> np.ndarray:
     if is_integer:
         return difference
     finite = expected[np.isfinite(expected)]
-    width = float(np.ptp(finite)) / _FLOAT_STEPS if finite.size else 0.0
+    width = max(float(np.ptp(finite)), _LEAST_RANGE * float(np.abs(finite).max())) / _FLOAT_STEPS if finite.size else 0.0
     return difference / width if width > 0 else difference

@@ -99,6 +99,12 @@ def _verdict(verdict: dict[str, str]) -> str:
 def _cards(report: dict[str, Any]) -> str:
     v, seconds = report["validation"], report["seconds"]
     cards = []
+    if v.get("metric"):
+        m = v["metric"]
+        change = f"{'-' if v['drop'] > 0 else '+'}{figure(abs(v['drop']))}"
+        low, high = v["intervals"].get("drop", (None, None))
+        interval = "" if low is None else f" (95 %: {figure(-high)} to {figure(-low)}, paired by samples)"
+        cards.append((m["name"], figure(m["quantized_value"]), f"float {figure(m['float_value'])}; change {change}{interval}"))
     if v["top1_float"] is not None:
         low, high = v["intervals"]["top1_quantized"]
         a, b = v["intervals"]["top1_float"]

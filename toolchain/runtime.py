@@ -189,6 +189,13 @@ def run(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Se
     return together(passes(opened, feeds, names))
 
 
+def run_each(opened: ort.InferenceSession, feeds: Mapping[str, np.ndarray], names: Sequence[str]) -> dict[str, list[np.ndarray]]:
+    """What outputs are for each sample alone, in its order, as the model makes them: for shapes that follow from the data."""
+    count = len(next(iter(feeds.values()))) if feeds else 1
+    found = [run(opened, {name: array[i : i + 1] for name, array in feeds.items()}, names) for i in range(count)]
+    return {name: [one[name] for one in found] for name in names}
+
+
 @dataclass(frozen=True)
 class Pass:
     """One run of a session: what it was fed, in the model's own layout, and what it made.

@@ -1,9 +1,6 @@
 """Calibration and evaluation samples: read from npz, npy, image folders or Python, and checked against the model before any work."""
 
 import csv
-import importlib
-import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from .data_config import DataConfig
 from .errors import DataError, near_misses
 from .source import InputSpec
+from .user_code import function_at, users_code
 
 LABELS = "labels"
 _IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
@@ -67,7 +65,7 @@ PRESETS: Mapping[str, Preprocessing] = {
 
 @dataclass(frozen=True)
 class Samples:
-    """Arrays [N, one sample's shape] by input name, and the labels [N] where there are any.
+    """Arrays [N, one sample's shape] by input name, and the labels where there are any: class numbers [N], or [N, ...] for a metric.
 
     Samples come first here whatever axis of the model's input counts them; `runtime.batched` gives them the model's layout. `note` says
     what a reader of results has to know of them, if anything.
@@ -103,7 +101,13 @@ class Samples:
 
 
 def load_samples(
-    place: str, specs: Sequence[InputSpec], preprocessing: Preprocessing, option: str, labels: Path | None = None, limit: int | None = None
+    place: str,
+    specs: Sequence[InputSpec],
+    preprocessing: Preprocessing,
+    option: str,
+    labels: Path | None = None,
+    limit: int | None = None,
+    any_labels: bool = False,
 ) -> Samples:
     """Read samples and check them against the model's inputs.
 
@@ -115,6 +119,7 @@ def load_samples(
         option: the flag that named the place, for messages.
         labels: a labels csv outside the image folder.
         limit: most samples to read of an image folder or a function.
+        any_labels: labels are for a metric, which knows what they are, and no class numbers.
 
     Raises:
         DataError: the place cannot be read, or what is there does not fit the model.
@@ -128,13 +133,14 @@ def load_samples(
         samples = _from_function(place, specs, option, limit)
     else:
         raise DataError(f"{option} {place}: no such file or folder (expected .npz, .npy, an image folder, or module:function)")
-    return check_samples(samples, specs, f"{option} {place}")
+    return check_samples(samples, specs, f"{option} {place}", any_labels)
 
 
-def check_samples(samples: Samples, specs: Sequence[InputSpec], where: str) -> Samples:
+def check_samples(samples: Samples, specs: Sequence[InputSpec], where: str, any_labels: bool = False) -> Samples:
     """Compare names, dtypes, shapes, counts and values with what the model takes, and bring the sample axis to the front.
 
-    An input without a sample axis (a sampling rate) may be given once, in its own shape, for all samples.
+    An input without a sample axis (a sampling rate) may be given once, in its own shape, for all samples. Labels are class numbers, or
+    with `any_labels` whatever has a row for each sample.
 
     Raises:
         DataError: saying what was expected and what came.
@@ -156,8 +162,11 @@ def check_samples(samples: Samples, specs: Sequence[InputSpec], where: str) -> S
         raise DataError(f"{where}: the inputs have different numbers of samples: {counts}")
     count = next(iter(counts.values()), 1)
     if samples.labels is not None:
-        if samples.labels.ndim != 1 or samples.labels.dtype.kind not in "iu":
-            raise DataError(f"{where}: {LABELS!r} must be integers of shape [N], got {samples.labels.dtype}{_dims(samples.labels.shape)}")
+        got = f"{samples.labels.dtype}{_dims(samples.labels.shape)}"
+        if not any_labels and (samples.labels.ndim != 1 or samples.labels.dtype.kind not in "iu"):
+            raise DataError(f"{where}: {LABELS!r} must be integers of shape [N], got {got}; labels of another kind are for --metric")
+        if not samples.labels.ndim:
+            raise DataError(f"{where}: {LABELS!r} must have a row for each sample, got {got}")
         if len(samples.labels) != count:
             raise DataError(f"{where}: {len(samples.labels)} labels for {count} samples")
     return Samples({spec.name: _samples_first(arrays[spec.name], spec, count) for spec in specs}, samples.labels)
@@ -221,10 +230,9 @@ def _from_file(path: Path, specs: Sequence[InputSpec], option: str) -> Samples:
 
 def _from_function(place: str, specs: Sequence[InputSpec], option: str, limit: int | None) -> Samples:
     """Batches are arrays (one input) or dictionaries by input name, which may hold `labels`; or pairs (either of these, labels)."""
-    module_name, _, function_name = place.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        batches: Iterable[Any] = getattr(importlib.import_module(module_name), function_name)()
+    function = function_at(place, option)
+    with users_code(f"{option} {place}"):
+        batches: Iterable[Any] = function()
         inputs: dict[str, list[np.ndarray]] = {}
         labels: list[np.ndarray] = []
         count = 0
@@ -240,10 +248,6 @@ def _from_function(place: str, specs: Sequence[InputSpec], option: str, limit: i
             if limit is not None and count >= limit:
                 break
         joined = {name: np.concatenate(parts) for name, parts in inputs.items()}
-    except Exception as error:  # whatever the user's own code raises
-        raise DataError(f"{option} {place}: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not joined:
         raise DataError(f"{option} {place}: the function returned no batches")
     samples = Samples(joined, np.concatenate(labels) if labels else None)

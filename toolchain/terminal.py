@@ -233,6 +233,10 @@ def study_findings(findings: dict[str, dict[str, Any]]) -> Table:
 def validation_table(v: dict[str, Any]) -> Table:
     """Float beside quantized, as ONNX Runtime executes them."""
     table = _table(f"{v['provider']}, {counted(v['samples'], 'sample')} of {v['evaluated_on']}", "", "float>", "quantized>", ">")
+    if v.get("metric"):
+        m = v["metric"]
+        a, b = m["float_value"], m["quantized_value"]
+        table.add_row(escape(m["name"]), figure(a), figure(b), f"{'-' if b < a else '+'}{figure(abs(b - a))}")
     for key in ("top1", "top5"):
         if v[f"{key}_float"] is not None:
             a, b = v[f"{key}_float"], v[f"{key}_quantized"]

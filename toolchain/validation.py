@@ -15,6 +15,7 @@ from .errors import UnsupportedModelError
 from .float_operators import INTEGER_PREFIXES, FloatOperator, float_operators
 from .graph import WEIGHT_INPUT
 from .kernels import KernelCheck, check_kernels
+from .metric import Measured, Metric
 from .noise import sqnr
 from .outcomes import pack
 from .runtime import Optimization
@@ -65,7 +66,8 @@ class ValidationReport:
     on which an output of the float model has a NaN, which says nothing of the quantized one. `outcomes` keeps for each sample (see
     `outcomes`) whether the quantized model's class is the label, or the float model's without labels. Without `has_kernels`, ONNX Runtime
     stood in for another runtime: it computed in float between the quantizers, and its latency says nothing. `selected` names the
-    outputs that are selections: the smallest error may put other rows there, so that their ratios say nothing.
+    outputs that are selections: the smallest error may put other rows there, so that their ratios say nothing. `metric` is what a measure
+    of the user's own says, which labels are for then; there is no accuracy beside it.
     """
 
     provider: str
@@ -93,6 +95,7 @@ class ValidationReport:
     nan_samples: int = 0
     has_kernels: bool = True
     selected: tuple[str, ...] = ()
+    metric: Measured | None = None
 
     @property
     def worst(self) -> tuple[str, float] | None:
@@ -105,7 +108,9 @@ class ValidationReport:
 
     @property
     def drop(self) -> float | None:
-        """Points of top-1 accuracy lost, or of agreement with the float model where there are no labels."""
+        """What the metric lost; without one points of top-1 accuracy, or of agreement with the float model where there are no labels."""
+        if self.metric is not None:
+            return self.metric.drop
         if self.top1_float is not None and self.top1_quantized is not None:
             return self.top1_float - self.top1_quantized
         return 100.0 - self.agreement if self.agreement is not None else None
@@ -135,6 +140,7 @@ def validate(
     reference: Mapping[str, np.ndarray] | None = None,
     as_written: bool = True,
     elsewhere: bool = False,
+    metric: Metric | None = None,
 ) -> ValidationReport:
     """Run the float and the quantized model over samples and compare.
 
@@ -150,9 +156,10 @@ def validate(
         as_written: whether the file is run without optimisations too, which takes longer than all else.
         elsewhere: the file is for another runtime (`Scheme.elsewhere`), so that it is run without ONNX Runtime's integer kernels, which
             saturate and overflow in their own ways.
+        metric: what judges the outputs in place of accuracy.
 
     Raises:
-        DataError: labels that are no classes of the model.
+        DataError: labels that are no classes of the model, or a metric that fails.
         UnsupportedModelError: ONNX Runtime does not load a file.
     """
     provider = runtime.pick_provider(device)
@@ -163,7 +170,7 @@ def validate(
     outputs = runtime.run(deployed, samples.inputs)
     unfused = runtime.run(runtime.session(quantized, provider, Optimization.NONE), samples.inputs) if as_written else None
     head = class_output(reference, samples.count)
-    labels = samples.labels
+    labels = samples.labels if metric is None else None
     if labels is not None and head is not None and has_scores(reference[head]):
         check_labels(labels, reference[head].shape[1], "labels")
     scored = labels if head is not None else None
@@ -182,6 +189,11 @@ def validate(
     runs = [(reference, outputs), *([(simulated, outputs)] if simulated is not None else [])]
     written = large.load(quantized)
     chosen = tuple(name for name in selections(written, runs) if name != head)
+    measured = None
+    if metric is not None:
+        of_simulated = metric.of(simulated, samples.labels, samples.count) if simulated and not _ragged(simulated, samples) else None
+        of_float, of_quantized = _judged(metric, float_session, reference, samples), _judged(metric, deployed, outputs, samples)
+        measured = Measured.of(metric, of_float, of_quantized, of_simulated)
     return ValidationReport(
         provider=deployed.get_providers()[0],  # the CPU's, where ONNX Runtime fell back to it
         samples=samples.count,
@@ -208,7 +220,30 @@ def validate(
         nan_samples=_nan_samples(reference, samples.count),
         has_kernels=not elsewhere,
         selected=chosen,
+        metric=measured,
     )
+
+
+def judged(metric: Metric, model: onnx.ModelProto | Path, samples: Samples, device: str = "auto") -> np.ndarray:
+    """What a metric says of a model over samples: the values [N], or one [] for all.
+
+    Raises:
+        DataError: the metric fails.
+        UnsupportedModelError: ONNX Runtime does not load the model.
+    """
+    opened = runtime.session(model, runtime.pick_provider(device))
+    return _judged(metric, opened, runtime.run(opened, samples.inputs), samples)
+
+
+def _judged(metric: Metric, opened: runtime.Session, outputs: Mapping[str, np.ndarray], samples: Samples) -> np.ndarray:
+    """`outputs` are what the session made of the samples; those that do not count samples are made again, one sample at a time."""
+    ragged = _ragged(outputs, samples)
+    each = runtime.run_each(opened, samples.inputs, ragged) if ragged else {}
+    return metric.of({name: each.get(name, array) for name, array in outputs.items()}, samples.labels, samples.count)
+
+
+def _ragged(outputs: Mapping[str, np.ndarray], samples: Samples) -> list[str]:
+    return [name for name, array in outputs.items() if array.shape[:1] != (samples.count,)]
 
 
 def float_outputs(model: onnx.ModelProto | Path, samples: Samples, device: str = "auto") -> dict[str, np.ndarray]:

@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 
 from .intervals import paired_difference, wilson
+from .metric import Measured
 from .validation import ValidationReport
+from .wording import figure
 
 # Codes on rounding ties flip, and a deep network amplifies that, at most until the two executions are as independent as two roundings: then
 # they differ by 3 dB more than either from the float model. What is beyond is an error.
@@ -53,11 +55,14 @@ def parity_problem(checked: ValidationReport) -> str | None:
 
 
 def intervals(checked: ValidationReport) -> dict[str, tuple[float, float]]:
-    """95 % confidence intervals of the accuracies and the agreement in percent, and of the paired drop in points."""
+    """95 % confidence intervals of the accuracies and the agreement in percent, and of the paired drop, in points or the metric's unit."""
     n = checked.samples
     shares = {"top1_float": checked.top1_float, "top1_quantized": checked.top1_quantized, "agreement": checked.agreement}
     found = {key: wilson(round(share * n / 100), n) for key, share in shares.items() if share is not None}
-    if checked.lost is not None and checked.won is not None:
+    if checked.metric is not None:
+        if checked.metric.low is not None and checked.metric.high is not None:
+            found["drop"] = (checked.metric.low, checked.metric.high)
+    elif checked.lost is not None and checked.won is not None:
         found["drop"] = paired_difference(checked.lost, checked.won, n)
     elif checked.agreement is not None:
         low, high = found["agreement"]
@@ -76,6 +81,8 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
     problem = parity_problem(checked)
     if problem is not None:
         return Verdict("no", f"ONNX Runtime does not compute what was learned: {problem}")
+    if checked.metric is not None:
+        return _by_metric(checked.metric, max_drop, is_held_out)
     if checked.worst is None and checked.drop is None:
         return Verdict(
             "unclear",
@@ -109,3 +116,21 @@ def verdict(checked: ValidationReport, max_drop: float | None, is_held_out: bool
         return Verdict("unclear", f"{drop}; accuracy drops by that at most, labels would tell by how much")
     more = "more labelled samples" if checked.top1_float is not None else "more samples"
     return Verdict("unclear", f"{drop}: {named} lies within the interval; {more} would decide")
+
+
+def _by_metric(found: Measured, max_drop: float | None, is_held_out: bool) -> Verdict:
+    moved = f"{figure(abs(found.drop))} {'lower' if found.drop > 0 else 'higher'}" if found.drop else "the same"
+    interval = f"95 %: {figure(-found.high)} to {figure(-found.low)}" if found.low is not None and found.high is not None else ""
+    text = f"{found.name} is {moved}{f' ({interval})' if interval else ''}"
+    if max_drop is None:
+        return Verdict("unclear", f"{text}; --max-drop says how much of it may be lost")
+    named = f"--max-drop {max_drop:g}"
+    if found.drop > max_drop:
+        return Verdict("no", f"{text}{'' if is_held_out else ', even on the samples it was calibrated on'}; the limit is {named}")
+    if not is_held_out:
+        return Verdict("unclear", f"{text}, but on the samples it was calibrated on; give --eval-data")
+    if found.high is None:
+        return Verdict("yes", f"{text}, within {named}; one number for all samples has no interval")
+    if found.high <= max_drop:
+        return Verdict("yes", f"{text}, within {named}")
+    return Verdict("unclear", f"{text}: {named} lies within the interval; more samples would decide")

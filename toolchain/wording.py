@@ -33,8 +33,8 @@ def duration(seconds: float) -> str:
 
 
 def figure(value: float | None) -> str:
-    """A loss, which a report has as None where it is no finite number."""
-    return f"{value:.4g}" if value is not None else "infinite"
+    """A loss or a value of a metric; a report has None for what is no finite number."""
+    return f"{value + 0.0:.4g}" if value is not None else "infinite"  # zero has no sign
 
 
 def faster(latency: dict[str, float]) -> str:
@@ -168,6 +168,8 @@ def remedy(report: dict[str, Any]) -> str:
 
 def _accuracy(v: dict[str, Any]) -> str:
     parts = []
+    if v.get("metric"):
+        parts.append(metric_line(v["metric"]))
     if v["top1_float"] is not None:
         low, high = v["intervals"]["top1_quantized"]
         parts.append(f"top-1 {v['top1_float']:.2f} % float, {v['top1_quantized']:.2f} % quantized (95 %: {low:.1f} to {high:.1f})")
@@ -175,8 +177,17 @@ def _accuracy(v: dict[str, Any]) -> str:
         parts.append(f"{v['agreement']:.2f} % the same prediction as float")
     parts.append(f"SQNR {noise(v)}")
     nowhere = f", of which the float model makes NaN on {v['nan_samples']:,}" if v.get("nan_samples") else ""
-    unused = "; labels not used: no output scores or names classes" if v.get("has_labels") and v["top1_float"] is None else ""
+    unused = (
+        "; labels not used: no output scores or names classes"
+        if v.get("has_labels") and v["top1_float"] is None and not v.get("metric")
+        else ""
+    )
     return f"{'; '.join(parts)}; {counted(v['samples'], 'sample')} of {v['evaluated_on']}{nowhere}{unused}"
+
+
+def metric_line(m: dict[str, Any]) -> str:
+    """A measure of the user's own, float and quantized."""
+    return f"{m['name']} {figure(m['float_value'])} float, {figure(m['quantized_value'])} quantized"
 
 
 def _speed(v: dict[str, Any], target: str, cover: dict[str, Any]) -> str:

@@ -26,11 +26,17 @@ def check_parity(checked: "ValidationReport") -> None:
 
 
 def check_drop(checked: "ValidationReport", limit: float | None) -> None:
-    """Refuse an accuracy that dropped by more points than `limit`; None takes any."""
+    """Refuse an accuracy, or a metric, that dropped by more than `limit`; None takes any."""
+    from ..wording import figure
+
     if limit is None:
         return
     if checked.drop is None:
-        raise AccuracyGateError("--max-drop: the model has no class output [N, C], so that there is no accuracy to compare")
+        raise AccuracyGateError(
+            "--max-drop: the model has no class output [N, C], so that there is no accuracy to compare; --metric measures what you do"
+        )
+    if checked.metric is not None and checked.drop > limit:
+        raise AccuracyGateError(f"{checked.metric.name} dropped by {figure(checked.drop)}, more than --max-drop {limit:g}")
     if checked.drop > limit:
         what = "top-1 accuracy" if checked.top1_float is not None else "agreement with the float model"
         raise AccuracyGateError(f"{what} dropped by {checked.drop:.2f} points, more than --max-drop {limit:g}")

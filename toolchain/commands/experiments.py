@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 
 # What the runs of an experiment differ in cannot be given for all of them.
-_VARIED_BY_COMPARE = ("algorithm", "units", "seed", "weight_bits", "activation_bits", "max_drop")
-_VARIED_BY_STUDY = ("units", "merge", "max_drop")
+_VARIED_BY_COMPARE = ("algorithm", "units", "seed", "weight_bits", "activation_bits", "metric", "max_drop")
+_VARIED_BY_STUDY = ("units", "merge", "metric", "max_drop")
 _RESULTS = click.option(
     "-o",
     "--output",

@@ -27,10 +27,11 @@ def samples_at(place: str, source: "SourceModel", data: DataConfig, option: str,
     from ..survey import check_classes
 
     labels = Path(data.labels) if data.labels is not None and option == "--eval-data" else None
-    samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit)
+    samples = load_samples(place, source.inputs, Preprocessing.of(data), option, labels, limit, data.metric is not None)
     if option == "--calibration-data" and data.eval_data is not None:
         samples = Samples(samples.inputs, note=samples.note)
-    check_classes(source, samples, f"{option} {place}")
+    if data.metric is None:
+        check_classes(source, samples, f"{option} {place}")
     return samples if limit is None or option == "--calibration-data" else samples.first(limit)
 
 

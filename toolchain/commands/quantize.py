@@ -25,6 +25,7 @@ from .shown import Shown
 if TYPE_CHECKING:
     import onnx
 
+    from ..metric import Metric
     from ..pipeline import Quantized
     from ..plan import BlockRow
     from ..run_folder import RunFolder
@@ -166,9 +167,12 @@ def _quantize(
     from ..cpu import crowding, keep_freed_memory
     from ..device import pick_device
     from ..examination import examine
+    from ..metric import Metric
     from ..source import load_source
     from ..survey import expected_memory, survey
+    from ..validation import judged
 
+    metric = Metric.at(data.metric) if data.metric is not None else None
     if config.memory is None:  # what is kept is in pieces that the next block may not fit: faster, but not within a budget
         keep_freed_memory()
     device = pick_device(config.device)
@@ -182,6 +186,8 @@ def _quantize(
     evaluation = calibration
     if data.eval_data is not None:
         evaluation = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
+    if metric is not None:
+        judged(metric, model, evaluation, config.device)  # one that fails does so now, not after learning
     found = survey(source, calibration, config)
     memory = expected_memory(source, calibration, found, config).describe(config.memory) if config.learns else ""
     if mode.dry_run:
@@ -208,7 +214,7 @@ def _quantize(
     if mode.encodings is not None:
         learned = encodings.Encodings(quantized.table, source.sha256, config.target, config.precision.convention, made["config"])
         write_text(encodings.dumps(learned), mode.encodings)
-    checked = _validated(model, output, source, quantized, exported, evaluation, config)
+    checked = _validated(model, output, source, quantized, exported, evaluation, config, metric)
     limit = {True: None, False: 0.0, None: _SENSITIVITY_SHARE * (time.perf_counter() - started)}[mode.sensitivity]
     with terminal.progress_on(shown.log) as progress:
         fits, layers = examine(source, quantized, evaluation, limit, progress)
@@ -242,6 +248,7 @@ def _validated(
     exported: "onnx.ModelProto",
     evaluation: "Samples",
     config: Config,
+    metric: "Metric | None",
 ) -> "ValidationReport":
     """The written file against the float model, and against what was learned."""
     import torch
@@ -256,7 +263,9 @@ def _validated(
     few = few_samples(source, evaluation, _EXACTNESS_SAMPLES)
     exactness = check_simulation(exported, table, simulated_values(source, table, few, islands), few.inputs)
     elsewhere = config.scheme.elsewhere
-    return validate(model, output, evaluation, large.file_bytes(model), config.device, simulated, exactness, elsewhere=elsewhere)
+    return validate(
+        model, output, evaluation, large.file_bytes(model), config.device, simulated, exactness, elsewhere=elsewhere, metric=metric
+    )
 
 
 def _show_plan(source: "SourceModel", rows: "tuple[BlockRow, ...]", config: Config, memory: str, shown: Shown) -> None:

@@ -42,13 +42,15 @@ def validate_command(float_model: Path, quantized_model: Path, device: str, as_j
         if not quantized_model.is_file():
             raise UsageError(f"{quantized_model}: no such file")
         from .. import large, report, terminal
+        from ..metric import Metric
         from ..source import load_source
         from ..validation import validate
 
+        metric = Metric.at(data.metric) if data.metric is not None else None
         source = load_source(float_model)
         samples = samples_at(data.eval_data, source, data, "--eval-data", data.eval_samples)
         elsewhere = _is_for_elsewhere(quantized_model)
-        checked = validate(float_model, quantized_model, samples, large.file_bytes(float_model), device, elsewhere=elsewhere)
+        checked = validate(float_model, quantized_model, samples, large.file_bytes(float_model), device, elsewhere=elsewhere, metric=metric)
         facts = report.validation_report(checked)
         if as_json:
             click.echo(report.as_json(facts), nl=False)
