@@ -84,7 +84,7 @@ def test_sessions_have_the_threads_that_openmp_is_asked_for(asked: str, threads:
 
 
 def test_what_only_float_rounding_varies_is_no_difference() -> None:
-    """Sums of a Softmax are 1 but for the last bits, in an order of their own in each library: no range to count steps of. A real difference still counts."""
+    """Sums of a Softmax are 1 but for the last bits, in an order of each library's own. A real difference still counts."""
     text = ('<ir_version: 8, opset_import: ["" : 17]> g (float[N, 50] x) => (float[N, 1] s) '
             '{ p = Softmax <axis = 1> (x) axis = Constant <value_ints = [1]> () s = ReduceSum (p, axis) }')  # fmt: skip
     model = parse_model(text)
