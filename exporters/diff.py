@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper, version_converter
 
+from toolchain.repeats import without_repeats
+
 from . import swishes
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
@@ -169,6 +171,7 @@ def compare(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Difference:
         source: the float model, normalised.
         quantized: a QDQ file of any tool that keeps the names of values.
     """
+    quantized = without_repeats(quantized)
     source = _at_opset_of(source, quantized)
     before = QdqGraph(source)
     known = frozenset({*before.producer, *(value.name for value in before.graph.input)})

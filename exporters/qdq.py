@@ -22,6 +22,8 @@ A layer may read a value on a grid of its own (`toolchain.copies`). DequantizeLi
 passes over the value, in floats; with an Add of zero between them they are one QLinearAdd. `v_zero_code` is that zero: a constant of its
 own, for ONNX Runtime gives an operand another shape than a zero point may have. QLinearAdd makes fewer roundings: where a code of the value
 lies on a tie of the copy's grid there is no Add, so that the file says what runs.
+
+A depthwise convolution that makes several channels of each reads repeated codes (`toolchain.repeats`).
 """
 
 import itertools
@@ -39,6 +41,7 @@ import toolchain.large as large
 from toolchain.copies import insert_copies
 from toolchain.errors import ExportError
 from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize, quantize
+from toolchain.repeats import repeat_channels
 from toolchain.scheme import ORT_CPU, Scheme
 
 from .storage import Storage, packed_storage_of, storage_of
@@ -77,6 +80,8 @@ def export_qdq(
     if scheme.fused_gates:
         spell_out(quantized.graph, table.tensors)
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
+    if scheme.repeats:
+        repeat_channels(quantized.graph)
     onnx.helper.set_model_props(
         quantized,
         {entry.key: entry.value for entry in model.metadata_props}

@@ -45,7 +45,7 @@ def test_exporters_know_only_tables_and_errors() -> None:
     for path in (ROOT / "exporters").rglob("*.py"):
         for name in imports(path):
             if name.startswith("toolchain"):
-                assert name.split(".")[1] in ("copies", "errors", "graph", "large", "quant_table", "scheme")
+                assert name.split(".")[1] in ("copies", "errors", "graph", "large", "quant_table", "repeats", "scheme")
             assert not name.startswith("torch")
 
 

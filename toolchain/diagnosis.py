@@ -26,6 +26,7 @@ from .noise import Noise, sqnr
 from .progress import Progress
 from .protos import metadata
 from .quant_table import Copy
+from .repeats import without_repeats
 from .runtime import Optimization
 from .samples import Samples
 from .source import SourceModel
@@ -134,6 +135,7 @@ def diagnose(
         UsageError: the file has no quantizers named as `quantize` names them, or was made from another model.
     """
     candidates = evenable(source)
+    quantized = without_repeats(quantized)
     source = source.with_copies(_copies(source, quantized))
     quantizers = _quantizers(source, quantized)
     outputs = list(source.graph.outputs)
