@@ -44,6 +44,7 @@ from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize
 from toolchain.repeats import repeat_channels
 from toolchain.scheme import ORT_CPU, Scheme
 
+from .kept_float import guard
 from .storage import Storage, packed_storage_of, storage_of
 from .swishes import spell_out
 from .walks import all_nodes, reads, replace_nodes, subgraphs, value_names
@@ -56,7 +57,7 @@ _SUFFIXES = (  # of the values around a value
     *("_zero", "_zero_code", "_rescaled", "_scaled", "_shift", "_shifted"),
     *("_scaled_scale", "_shift_code", "_shift_scale", "_shift_zero_point"),
 )
-_INT2_TARGETS = ("ort-cpu", "ort-cuda", "academic")  # runtimes other than ONNX Runtime have no 2-bit integers
+_ONNX_RUNTIME = ("ort-cpu", "ort-cuda", "academic")  # who alone has 2-bit integers, and defects to be guarded against
 
 
 def export_qdq(
@@ -82,6 +83,8 @@ def export_qdq(
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
     if scheme.repeats:
         repeat_channels(quantized.graph)
+    if scheme.name in _ONNX_RUNTIME:
+        guard(quantized)
     onnx.helper.set_model_props(
         quantized,
         {entry.key: entry.value for entry in model.metadata_props}
@@ -171,7 +174,7 @@ def _storages(graph: onnx.GraphProto, table: QuantTable, scheme: Scheme, tables:
         return {name: storage_of(grid.spec) for name, grid in table.tensors.items()}
     bytes_ = {name for name, grid in table.tensors.items() if grid.codes is None and grid.spec.bits <= 8}
     beside = {value for node in graph.node if not bytes_.isdisjoint(node.input) for value in node.input}
-    has_int2 = scheme.name in _INT2_TARGETS
+    has_int2 = scheme.name in _ONNX_RUNTIME
     return {
         name: storage_of(grid.spec)
         if grid.codes is None or name in tables or (scheme.packed_blocks and grid.spec.block is None)
