@@ -3,6 +3,7 @@
 import click
 
 from . import __version__
+from .commands.allocate import allocate
 from .commands.check import check
 from .commands.diagnose import diagnose_command
 from .commands.diff import diff
@@ -35,5 +36,7 @@ def main() -> None:
     """
 
 
-for _command in (quantize, validate_command, report_command, inspect, diagnose_command, equalize, diff, export, check, compare, study):
+for _command in (
+    *(quantize, validate_command, report_command, inspect, diagnose_command, allocate, equalize, diff, export, check, compare, study),
+):
     main.add_command(_command)

@@ -9,6 +9,7 @@ from .fit import GridFit, activation_fits, weight_fits
 from .importing import cut_blocks
 from .pipeline import Quantized
 from .progress import Progress
+from .quant_table import QuantTable
 from .samples import Samples
 from .sensitivity import SAMPLES, Sensitivity, sensitivity
 from .simulation import few_samples
@@ -28,12 +29,28 @@ def examine(
         limit: seconds that the sensitivity may take before it is skipped; 0 skips it, None sets no limit.
         progress: called as the work proceeds.
     """
-    few, table = few_samples(source, samples, SAMPLES), quantized.table
-    source = source.with_copies(table.copies)
-    types = infer_types(source, few.shapes, few.inputs)
-    device = torch.device(quantized.device)
-    model = TorchModel.of(source, types, cut_blocks(source, types, quantized.islands, Config()), device, few.count)
-    fits = (*weight_fits(source, table), *activation_fits(model, table, few))
+    model, few = _over_a_few(source, quantized, samples)
+    table = quantized.table
+    fits = (*weight_fits(model.source, table), *activation_fits(model, table, few))
     if limit == 0:
         return fits, Sensitivity(0, None, (), 0.0, "--no-sensitivity")
-    return fits, sensitivity(model, table, few, limit, lambda done, total: progress("sensitivity of layers", done, total, float("nan")))
+    return fits, _sensitivity(model, table, few, limit, progress)
+
+
+@full_float32()
+def layer_noise(source: SourceModel, quantized: Quantized, samples: Samples, progress: Progress = lambda *_: None) -> Sensitivity:
+    """How much each layer hurts alone, whatever the time that it takes; see `examine`."""
+    model, few = _over_a_few(source, quantized, samples)
+    return _sensitivity(model, quantized.table, few, None, progress)
+
+
+def _over_a_few(source: SourceModel, quantized: Quantized, samples: Samples) -> tuple[TorchModel, Samples]:
+    few = few_samples(source, samples, SAMPLES)
+    source = source.with_copies(quantized.table.copies)
+    types = infer_types(source, few.shapes, few.inputs)
+    blocks = cut_blocks(source, types, quantized.islands, Config())
+    return TorchModel.of(source, types, blocks, torch.device(quantized.device), few.count), few
+
+
+def _sensitivity(model: TorchModel, table: QuantTable, few: Samples, limit: float | None, progress: Progress) -> Sensitivity:
+    return sensitivity(model, table, few, limit, lambda done, total: progress("sensitivity of layers", done, total, float("nan")))

@@ -219,6 +219,19 @@ def _spread(line: dict[str, Any], key: str, form: str) -> str:
     return f"{value:{form}}" + (f" ±{spread:{form.replace('3', '2')}}" if spread is not None else "")
 
 
+def allocation_table(facts: dict[str, Any]) -> Table:
+    """The files that were tried, by the number of layers with more bits, and the layers that were chosen."""
+    to, unit = facts["to"], facts["metric"] or "points"
+    title = f"{facts['precision']}, layers with the most noise at {to}; {counted(facts['samples'], 'evaluation sample')}"
+    table = _table(title, f"layers at {to}>", f"drop, {unit}>", "SQNR dB>", "")
+    for trial in sorted(facts["trials"], key=lambda trial: trial["layers"]):
+        is_chosen = facts["holds"] and trial["layers"] == len(facts["layers"])
+        drop = figure(trial["drop"]) if trial["drop"] is not None else ""
+        ratio = f"{trial['sqnr']:.1f}" if trial["sqnr"] is not None else ""
+        table.add_row(f"{trial['layers']} of {len(facts['room'])}", drop, ratio, "[green]chosen[/green]" if is_chosen else "")
+    return table
+
+
 def study_findings(findings: dict[str, dict[str, Any]]) -> Table:
     """Each claim with its verdict."""
     words = {True: "[green]holds[/green]", False: "[red]does not hold[/red]", None: "[yellow]undecided[/yellow]"}

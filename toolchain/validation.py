@@ -246,6 +246,46 @@ def _ragged(outputs: Mapping[str, np.ndarray], samples: Samples) -> list[str]:
     return [name for name, array in outputs.items() if array.shape[:1] != (samples.count,)]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a float model makes of samples, and what a metric says of that: for files that are tried one after another."""
+
+    samples: Samples
+    outputs: Mapping[str, np.ndarray]
+    device: str = "auto"
+    metric: Metric | None = None
+    value: float | None = None
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto | Path, samples: Samples, device: str = "auto", metric: Metric | None = None) -> "Reference":
+        """Run the float model.
+
+        Raises:
+            DataError: the metric fails.
+            UnsupportedModelError: ONNX Runtime does not load the model.
+        """
+        opened = runtime.session(model, runtime.pick_provider(device))
+        outputs = runtime.run(opened, samples.inputs)
+        value = float(_judged(metric, opened, outputs, samples).mean()) if metric is not None else None
+        return cls(samples, outputs, device, metric, value)
+
+    def held_against(self, quantized: Path, elsewhere: bool = False) -> tuple[float | None, float]:
+        """The drop of a file as `ValidationReport.drop` has it, and dB of its worst output that is no selection (NaN where all are)."""
+        level = Optimization.UNFUSED if elsewhere else Optimization.DEFAULT
+        opened = runtime.session(quantized, runtime.pick_provider(self.device), level)
+        outputs = runtime.run(opened, self.samples.inputs)
+        head = class_output(self.outputs, self.samples.count)
+        chosen = {name for name in selections(large.load(quantized), [(self.outputs, outputs)]) if name != head}
+        ratio = min((sqnr(self.outputs[name], outputs[name]) for name in outputs if name not in chosen), default=float("nan"))
+        if self.metric is not None and self.value is not None:
+            return self.value - float(_judged(self.metric, opened, outputs, self.samples).mean()), ratio
+        same = agreement(self.outputs, outputs, head)
+        if head is None or self.samples.labels is None or same is None:
+            return None if same is None else 100.0 - same, ratio
+        right = [float((predicted(side[head]) == self.samples.labels).mean() * 100) for side in (self.outputs, outputs)]
+        return right[0] - right[1], ratio
+
+
 def float_outputs(model: onnx.ModelProto | Path, samples: Samples, device: str = "auto") -> dict[str, np.ndarray]:
     """The graph outputs of a float model over samples, for several `validate` to share."""
     return runtime.run(runtime.session(model, runtime.pick_provider(device)), samples.inputs)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +15,12 @@ from ..errors import UsageError, near_misses
 from ..option import flag
 from ..processes import Processes
 from .endings import interruptible, reported
-from .files import calibration_at, samples_at
+from .files import calibration_at, samples_at, writer
 from .options import EXIT_CODES, PATH, SectionedCommand, config_options, given
 from .shown import Shown
 
 if TYPE_CHECKING:
     from ..comparison import Distilled
-    from ..quant_table import QuantTable
     from ..samples import Samples
     from ..source import SourceModel
 
@@ -78,7 +76,7 @@ def compare(
         if any(job.is_data_free for job in todo):
             statistics_of(source)  # now, not hours later
         with terminal.progress_on(shown.log) as progress:
-            facts = comparison.run_jobs(source, calibration, distilled, evaluation, todo, _writer(source), output, progress)
+            facts = comparison.run_jobs(source, calibration, distilled, evaluation, todo, writer(source), output, progress)
         lines = comparison.summary(facts["rows"])
         said = comparison.concluded(output, comparison=comparison.common_facts(facts["rows"]) | {"lines": lines})
         page = output.with_suffix(".html")
@@ -136,7 +134,7 @@ def study(
         count = min(calibration.count, base.calibration_samples)
         todo = study_jobs(names, base, boundaries, [row.block.name for row in rows], schemes, count)
         with terminal.progress_on(shown.log) as progress:
-            facts = comparison.run_jobs(source, calibration, distilled, evaluation, todo, _writer(source), output, progress)
+            facts = comparison.run_jobs(source, calibration, distilled, evaluation, todo, writer(source), output, progress)
         facts |= {"findings": report.finite(findings(names, facts["rows"]))}
         studied = {"precision": base.label, "algorithm": base.algorithm, "findings": facts["findings"]}
         said = comparison.concluded(output, study=comparison.common_facts(facts["rows"]) | studied)
@@ -182,12 +180,6 @@ def _experiment(
 def _left(output: Path) -> str:
     """What an experiment that broke off goes on from, in words."""
     return f"; {output} has the runs that ended, and the same command goes on from there" if output.exists() else ""
-
-
-def _writer(source: "SourceModel") -> "Callable[[QuantTable, Config, Path], None]":
-    from exporters import export_qdq, write_model
-
-    return lambda table, config, path: write_model(export_qdq(source.model, table, scheme=config.scheme), path)
 
 
 def _listed(text: str) -> list[str]:

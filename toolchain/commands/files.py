@@ -1,6 +1,7 @@
 """What the arguments name: samples to read, files to write; refused before any work where they will not do."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import onnx
     from rich.console import Console
 
+    from ..quant_table import QuantTable
     from ..samples import Samples
     from ..source import SourceModel
 
@@ -60,12 +62,12 @@ def check_output(model: Path | None, output: Path, overwrite: bool, option: str 
         raise UsageError(f"{option} {output}: the folder {output.parent} is not writable")
 
 
-def save_text(path: Path, text: str) -> None:
-    """Write what `--save-config` names."""
+def save_text(path: Path, text: str, option: str = "--save-config") -> None:
+    """Write the settings that an option names a place for."""
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"--save-config {path}: cannot be written: {error.strerror}") from error
+        raise UsageError(f"{option} {path}: cannot be written: {error.strerror}") from error
 
 
 def check_loads(exported: "onnx.ModelProto") -> None:
@@ -76,3 +78,10 @@ def check_loads(exported: "onnx.ModelProto") -> None:
         runtime.session(exported)
     except MrecgError as error:
         raise ExportError(f"the exported model does not load: {error}") from error
+
+
+def writer(source: "SourceModel") -> "Callable[[QuantTable, Config, Path], None]":
+    """What writes the quantized model of a table to a path."""
+    from exporters import export_qdq, write_model
+
+    return lambda table, config, path: write_model(export_qdq(source.model, table, scheme=config.scheme), path)

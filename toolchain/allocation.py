@@ -1,0 +1,176 @@
+"""Which layers need more bits, or float, for the accuracy to hold: mixed precision by measured sensitivity.
+
+Layers are ordered by the noise that each makes alone, and as few as are needed are taken from the front: their number is doubled until a
+file holds, and then halved between the last that did not and the first that did. Each trial is a file that ONNX Runtime runs, rounded to
+nearest with biases corrected, which takes seconds; what is learned with such bits afterwards is better than that.
+"""
+
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .config import Config
+from .errors import UsageError
+from .examination import layer_noise
+from .graph import Graph
+from .metric import Metric
+from .pipeline import Quantized, quantize
+from .progress import Progress
+from .quant_table import QuantTable
+from .retarget import rounded_to_nearest
+from .samples import Samples
+from .sensitivity import LayerSensitivity
+from .source import SourceModel
+from .validation import Reference
+
+FLOAT = "float"
+Export = Callable[[QuantTable, Config, Path], None]
+"""Writes the quantized model of a table to a path; handed in, since learning knows nothing of exporters."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What must hold: a drop of at most `max_drop` (see `Reference`), an SQNR of the worst output of at least `min_sqnr` dB, or both."""
+
+    max_drop: float | None = None
+    min_sqnr: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_drop is None and self.min_sqnr is None:
+            raise UsageError("--max-drop or --min-sqnr is needed: what the layers are chosen for")
+
+    def holds(self, trial: "Trial") -> bool:
+        """Whether a file is good enough.
+
+        Raises:
+            UsageError: a drop is limited and none can be measured.
+        """
+        if self.max_drop is not None and trial.drop is None:
+            raise UsageError("--max-drop: the model has no class output [N, C] to compare; give --metric, or --min-sqnr in its place")
+        is_close = self.max_drop is None or (trial.drop is not None and trial.drop <= self.max_drop)
+        return is_close and (self.min_sqnr is None or trial.sqnr >= self.min_sqnr)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a file with so many layers of more bits does: the drop (None where none can be measured), and dB of its worst output."""
+
+    layers: int
+    drop: float | None
+    sqnr: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The layers that get more bits, of those with `room` for them, most noise first; `trials` in the order they were made.
+
+    `holds`: the goal is reached; if not, `layers` are all that may be taken: in float all but the one with the least noise.
+    """
+
+    layers: tuple[str, ...]
+    room: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    holds: bool
+
+
+def allocate(
+    source: SourceModel,
+    calibration: Samples,
+    evaluation: Samples,
+    config: Config,
+    wider: str,
+    goal: Goal,
+    export: Export,
+    metric: Metric | None = None,
+    progress: Progress = lambda *_: None,
+) -> Allocation:
+    """Find the fewest layers, most noise first, that must have more bits.
+
+    Args:
+        source: the float model.
+        calibration: samples to calibrate on.
+        evaluation: samples that the goal is measured on.
+        config: the settings of all other layers; what it says of learning is left out.
+        wider: bits for those layers, as w8a8, or `float`.
+        goal: what must hold.
+        export: writes a file.
+        metric: what measures the drop in place of accuracy.
+        progress: called as the work proceeds.
+
+    Raises:
+        UsageError: bits that give no layer more than it has, or that the target lacks; a goal that cannot be measured.
+        MrecgError: as `pipeline.quantize`.
+    """
+    plain = rounded_to_nearest(config)
+    widened(plain, source.graph, (), wider)  # refuses what the target lacks, before the work
+    reference = Reference.of(source.model, evaluation, config.device, metric)
+    trials: list[Trial] = []
+    most = 2 * len(source.graph.weighted).bit_length() + 1  # trials: doubling, and halving
+
+    def tried(layers: Sequence[str], say: str) -> tuple[Trial, Quantized]:
+        progress(say, len(trials), most, float("nan"))
+        one = widened(plain, source.graph, layers, wider)
+        found = quantize(source, calibration, one)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "quantized.onnx"
+            export(found.table, one, path)
+            trials.append(Trial(len(layers), *reference.held_against(path, config.scheme.elsewhere)))
+        return trials[-1], found
+
+    first, base = tried((), "rounding all layers")
+    noise = layer_noise(source, base, calibration, progress).layers
+    room = [layer.node for layer in sorted(noise, key=_alone) if _has_room(layer, wider)]
+    order = room[:-1] if wider == FLOAT else room  # with all in float there is nothing to quantize
+    if not order:
+        raise UsageError(f"--to {wider}: {'there is one layer only' if room else f'no layer has fewer bits than that; try --to {FLOAT}'}")
+    if goal.holds(first):
+        return Allocation((), tuple(room), tuple(trials), True)
+    failed, held, count = 0, None, 1
+    while held is None and failed < len(order):
+        count = min(count, len(order))
+        if goal.holds(tried(order[:count], f"{count} of {len(room)} layers at {wider}")[0]):
+            held = count
+        else:
+            failed, count = count, 2 * count
+    if held is None:
+        return Allocation(tuple(order), tuple(room), tuple(trials), False)
+    while held - failed > 1:
+        count = (held + failed) // 2
+        if goal.holds(tried(order[:count], f"{count} of {len(room)} layers at {wider}")[0]):
+            held = count
+        else:
+            failed = count
+    return Allocation(tuple(order[:held]), tuple(room), tuple(trials), True)
+
+
+def widened(config: Config, graph: Graph, layers: Sequence[str], wider: str) -> Config:
+    """The settings with more bits for some layers, or with these in float.
+
+    Raises:
+        UsageError: no such precision, or the target lacks it.
+    """
+    kinds = {node.op_type for node in graph.nodes}
+    patterns = [re.escape(name).join(("(?:", ")")) if name in kinds else name for name in layers]  # a bare type would name all of it
+    if wider == FLOAT:
+        return replace(config, keep_float=(*config.keep_float, *patterns))
+    if re.fullmatch(r"w\d+a\d+", wider) is None:
+        raise UsageError(f"--to {wider}: expected w<bits>a<bits>, such as w8a8 or w8a16, or {FLOAT}")
+    probe = replace(config, bits=(*config.bits, f".*={wider}"))  # as `patterns` may be none
+    return replace(probe, bits=(*config.bits, *(f"{pattern}={wider}" for pattern in patterns)))
+
+
+def _alone(layer: LayerSensitivity) -> float:
+    """What orders layers: dB with it alone quantized; what cannot be compared comes last."""
+    return layer.only_quantized if np.isfinite(layer.only_quantized) else float("inf")
+
+
+def _has_room(layer: LayerSensitivity, wider: str) -> bool:
+    if wider == FLOAT:
+        return True
+    weight, operand = map(int, re.findall(r"\d+", wider))
+    weight = 7 if weight == 8 and layer.weight_bits == 7 else weight  # of a reduced range
+    return layer.weight_bits < weight or (layer.input_bits is not None and layer.input_bits < operand)
