@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper, version_converter
 
 from toolchain.repeats import without_repeats
 
-from . import swishes
+from . import fusions, swishes
 
 _QUANTIZERS = ("QuantizeLinear", "DequantizeLinear")
 _FOLDED = ("Relu", "Clip")
@@ -171,7 +171,7 @@ def compare(source: onnx.ModelProto, quantized: onnx.ModelProto) -> Difference:
         source: the float model, normalised.
         quantized: a QDQ file of any tool that keeps the names of values.
     """
-    quantized = without_repeats(quantized)
+    quantized = fusions.joined(source.graph, without_repeats(quantized))
     source = _at_opset_of(source, quantized)
     before = QdqGraph(source)
     known = frozenset({*before.producer, *(value.name for value in before.graph.input)})

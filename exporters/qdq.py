@@ -23,7 +23,8 @@ passes over the value, in floats; with an Add of zero between them they are one 
 own, for ONNX Runtime gives an operand another shape than a zero point may have. QLinearAdd makes fewer roundings: where a code of the value
 lies on a tie of the copy's grid there is no Add, so that the file says what runs.
 
-A depthwise convolution that makes several channels of each reads repeated codes (`toolchain.repeats`).
+A depthwise convolution that makes several channels of each reads repeated codes (`toolchain.repeats`), a Relu that no quantizer takes over
+from a matrix product is a Max (`fusions`), and a layer that is kept in float is kept from ONNX Runtime (`kept_float`).
 """
 
 import itertools
@@ -44,6 +45,7 @@ from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize
 from toolchain.repeats import repeat_channels
 from toolchain.scheme import ORT_CPU, Scheme
 
+from .fusions import let_products_fuse
 from .kept_float import guard
 from .storage import Storage, packed_storage_of, storage_of
 from .swishes import spell_out
@@ -81,8 +83,9 @@ def export_qdq(
     if scheme.fused_gates:
         spell_out(quantized.graph, table.tensors)
     _Editor(quantized.graph, table, scheme, storages, tables).edit()
-    if scheme.repeats:
+    if scheme.kernels:
         repeat_channels(quantized.graph)
+        let_products_fuse(quantized.graph)
     if scheme.name in _ONNX_RUNTIME:
         guard(quantized)
     onnx.helper.set_model_props(

@@ -37,7 +37,7 @@ class Scheme:
         saturation: a grid narrower than its integer type is held by a Clip on the `integer`s behind QuantizeLinear, into which Relu and
             Clip are folded, or on the `float`s in front of it.
         rescales: a copy of a quantized value on another grid is made by an Add of zero, which runs as one integer kernel.
-        repeats: depthwise convolutions that make several channels of each read their input's codes repeated (`repeats`).
+        kernels: what ONNX Runtime's integer kernels do not take as it is has an equal form that they do (`repeats`, `exporters.fusions`).
         storage: `fast` (8-bit integers, which integer kernels read) or `small` (weights packed into int4 or int2); the target's preference.
         reduce_range: 8-bit weights that meet 8-bit activations have 7 bits, for x86 CPUs without VNNI.
         pairs: instead, their neighbours add up to what those CPUs take without saturation (`saturation`): the runtime is ONNX Runtime.
@@ -62,7 +62,7 @@ class Scheme:
     bias: str = "steps"
     saturation: str = "float"
     rescales: bool = False
-    repeats: bool = False
+    kernels: bool = False
     storage: str = "fast"
     reduce_range: bool = False
     pairs: bool = False
@@ -130,7 +130,7 @@ TARGETS: Mapping[str, Scheme] = {
             bias="int32",
             saturation="integer",
             rescales=True,
-            repeats=True,
+            kernels=True,
             reduce_range=True,
             pairs=True,
             stores=True,
