@@ -15,6 +15,7 @@ from .folding import fold_channels, fold_numbers
 from .gates import join_gates
 from .graph import free_name
 from .loops import capture_constants
+from .means import pool_means
 from .products import give_own_biases, join_biases, split_sums, spread_biases
 from .protos import defined, inferred_shapes, referenced, rename_values, subgraphs, value_names
 from .raising import MIN_OPSET, opset_of, raised
@@ -111,6 +112,7 @@ def normalised(model: onnx.ModelProto, path: Path, shelf: Path | None = None) ->
     _free_names(model.graph)
     unfuse(model.graph)
     join_gates(model.graph)
+    pool_means(model)
     capture_constants(model.graph)
     fold_channels(model)
     fold_numbers(model.graph)
