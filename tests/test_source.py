@@ -54,7 +54,8 @@ def test_sample_model_survives_normalisation() -> None:
     np.testing.assert_allclose(outputs(source.model, x)[0], outputs(onnx.load(SAMPLE), x)[0], atol=1e-4, rtol=0)
     original = onnx.load(SAMPLE)
     names = {value for node in original.graph.node for value in node.output}
-    assert {value for node in source.graph.nodes for value in node.outputs} <= names
+    new = {value for node in source.graph.nodes for value in node.outputs} - names
+    assert new == {"/ReduceMean_output_0_pooled"}  # of a mean that is a pooling and a Flatten
     assert source.model.graph.input == original.graph.input
     assert source.model.graph.output == original.graph.output
     assert [entry.domain for entry in source.model.opset_import] == [entry.domain for entry in original.opset_import]
