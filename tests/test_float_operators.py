@@ -61,12 +61,18 @@ def test_what_is_laid_out_in_blocks_has_the_names_of_the_model(tmp_path: Path) -
 
 def test_operators_without_an_integer_form(tmp_path: Path) -> None:
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
-    x = b.op("ReduceMax", b.conv("x", 3, 8, act="relu"), axes=[2, 3], keepdims=0, name="most")
+    x = b.op("ReduceL2", b.conv("x", 3, 8, act="relu"), axes=[2, 3], keepdims=0, name="norm")
     (row,) = left(b.model(b.op("Softmax", b.linear(x, 8, 5), name="scores")), tmp_path)[:1]
-    assert (row.node, row.op_type, row.reason) == ("node_most", "ReduceMax", "ONNX Runtime fuses no integer ReduceMax")
+    assert (row.node, row.op_type, row.reason) == ("node_norm", "ReduceL2", "ONNX Runtime fuses no integer ReduceL2")
     last = left(b.model("scores"), tmp_path)[-1]
     assert (last.node, last.op_type) == ("node_scores", "Softmax")
     assert last.reason.endswith("in float")
+
+
+def test_the_largest_of_codes_is_a_code(tmp_path: Path) -> None:
+    b = zoo.Builder({"x": ["N", 3, 8, 8]})
+    x = b.op("ReduceMax", b.conv("x", 3, 8, act="relu"), axes=[2, 3], keepdims=0)
+    assert not [row for row in left(b.model(b.linear(x, 8, 5)), tmp_path) if row.op_type == "ReduceMax"]
 
 
 def test_arithmetic_on_shapes_is_none(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from toolchain.cli import main
 
 pytestmark = pytest.mark.skipif(int(metadata.version("rich").split(".")[0]) < 14, reason="rich before 14 lays the same words out otherwise")
 GOLDEN = Path(__file__).parent / "golden" / "cli"
-COMMANDS = ("quantize", "validate", "report", "inspect", "diagnose", "equalize", "diff", "export", "check", "compare", "study")
+COMMANDS = ("quantize", "validate", "report", "inspect", "diagnose", "allocate", "equalize", "diff", "export", "check", "compare", "study")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ _FREE = frozenset(
         "NhwcMaxPool",  # for 8-bit integers only
     }
 )
-_MOVES = frozenset({"MaxPool", "Resize"})  # on codes as on floats
+_MOVES = frozenset({"MaxPool", "Resize", "ReduceMax"})  # on codes as on floats
 _PACKED = frozenset({TensorProto.INT4, TensorProto.UINT4, TensorProto.INT2, TensorProto.UINT2})
 _WIDE = frozenset({TensorProto.INT16, TensorProto.UINT16})
 _CONVOLUTIONS = frozenset({"Conv", "FusedConv", "NhwcFusedConv"})

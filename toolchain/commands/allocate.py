@@ -16,7 +16,7 @@ from .options import EXIT_CODES, PATH, Option, SectionedCommand, config_options,
 from .shown import Shown
 
 
-@click.command(cls=SectionedCommand, epilog=EXIT_CODES, short_help="Which layers need more bits for the accuracy to hold.")
+@click.command(cls=SectionedCommand, epilog=EXIT_CODES, short_help="Mixed precision: the layers that need more bits, or float.")
 @click.argument("model", type=PATH)
 @click.option("-p", "--precision", metavar="W4A4", help="Bits of the other layers, as of `quantize`.")
 @click.option(
