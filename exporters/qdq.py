@@ -45,7 +45,7 @@ from toolchain.quant_table import BIAS_BITS, QuantTable, TensorQuant, dequantize
 from toolchain.repeats import repeat_channels
 from toolchain.scheme import ORT_CPU, Scheme
 
-from .fusions import let_products_fuse
+from .fusions import join_gelus, let_products_fuse
 from .kept_float import guard
 from .storage import Storage, packed_storage_of, storage_of
 from .swishes import spell_out
@@ -86,6 +86,7 @@ def export_qdq(
     if scheme.kernels:
         repeat_channels(quantized.graph)
         let_products_fuse(quantized.graph)
+        join_gelus(quantized)
     if scheme.name in _ONNX_RUNTIME:
         guard(quantized)
     onnx.helper.set_model_props(

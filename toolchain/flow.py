@@ -31,6 +31,9 @@ DATA_MOVEMENT = frozenset(
 )
 FUSED_ACTIVATIONS = frozenset({"Relu", "Clip"})
 _GATES = frozenset({"Sigmoid", "HardSigmoid"})
+_BELLS = frozenset({"Erf", "Tanh"})
+_POLYNOMIAL = frozenset({"Add", "Mul", "Div", "Pow"})  # of x, inside a GELU
+_STEPS = 5  # x + 0.044715 x x x, times a number
 _PRECISIONS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
 
 
@@ -92,6 +95,31 @@ class Flow:
             return False
         gates = [(self.graph.producer.get(gate), other) for gate, other in itertools.permutations(node.inputs)]
         return any(gate is not None and gate.op_type in _GATES and gate.inputs[0] == other for gate, other in gates)
+
+    def is_gelu(self, node: Node) -> bool:
+        """Whether a node multiplies x with 1 + erf or 1 + tanh of it: a GELU, which runtimes fuse where nothing inside is on a grid."""
+        if node.op_type != "Mul":
+            return False
+        sides = [self._scaled(value) for value in node.inputs]
+        return any(self._is_bell(bell, x) for bell, x in itertools.permutations(sides))
+
+    def _scaled(self, value: str) -> str:
+        """What a value is a multiple of by a constant; itself where it is none."""
+        made = self.graph.producer.get(value)
+        others = [name for name in made.inputs if name not in self.model.constants] if made is not None and made.op_type == "Mul" else []
+        return others[0] if len(others) == 1 else value
+
+    def _is_bell(self, value: str, x: str) -> bool:
+        """Whether a value is a constant added to the error function, or tanh, of what x is made to in a few steps."""
+        shifted = self.graph.producer.get(value)
+        if shifted is None or shifted.op_type != "Add" or not any(name in self.model.constants for name in shifted.inputs):
+            return False
+        bells = [made for name in shifted.inputs if (made := self.graph.producer.get(name)) is not None and made.op_type in _BELLS]
+        reached = {name for made in bells for name in made.inputs}
+        for _ in range(_STEPS):
+            makers = [made for name in reached if (made := self.graph.producer.get(name)) is not None and made.op_type in _POLYNOMIAL]
+            reached |= {name for made in makers for name in made.inputs}
+        return x in reached
 
     def source(self, value: str) -> str:
         """The value that this one is a rearrangement of (itself, if it is computed)."""
@@ -155,7 +183,7 @@ def integer_nodes(flow: Flow, weighted: AbstractSet[str]) -> frozenset[str]:
             continue
         has_constant = len(data) < len([value for value in node.inputs if value])
         leads_on = node.op_type in flow.scheme.elementwise and flow.integer_readers(result_of(flow.graph, node), integer)
-        if flow.is_fused_gate(node):
+        if flow.is_fused_gate(node) or flow.is_gelu(node):
             continue
         if not has_constant and (node.op_type == "MatMul" or leads_on):
             integer.add(node.name)
