@@ -114,12 +114,21 @@ def test_accuracy_gate(place: Path) -> None:
     assert quantize(place, *gate, "--max-drop", 100, "--overwrite").exit_code == 0
 
 
+def test_an_opset_that_the_codes_need_is_a_note(place: Path) -> None:
+    result = quantize(place, "-p", "w4a8", "--storage", "small", "--algorithm", "minmax", "--json")
+    assert result.exit_code == 0, result.output
+    assert "opset 17 was raised to 21 in the file, for the types of its codes" in json.loads(result.stdout)["model"]["notes"]
+    plain = quantize(place, "-p", "w4a8", "--algorithm", "minmax", "--json", "--overwrite")
+    assert not any("raised" in note for note in json.loads(plain.stdout)["model"]["notes"])
+
+
 def test_validate(place: Path) -> None:
     quantize(place, "--algorithm", "mse")
     pair = [place / "net.onnx", place / "net.w4a4.onnx", "--eval-data", place / "eval.npz"]
     result = invoke("validate", *pair)
     assert result.exit_code == 0
     assert "top-1 accuracy" in result.output
+    assert "points (95 %:" in result.output
     facts = json.loads(invoke("validate", *pair, "--json", "--eval-samples", 10).output)
     assert facts["samples"] == 10
     assert facts["simulation"] is None

@@ -21,6 +21,7 @@ from .metric import Metric
 from .pipeline import Quantized, quantize
 from .progress import Progress
 from .quant_table import QuantTable
+from .range_choice import RangeChoice
 from .retarget import rounded_to_nearest
 from .samples import Samples
 from .sensitivity import LayerSensitivity
@@ -109,12 +110,14 @@ def allocate(
     widened(plain, source.graph, (), wider)  # refuses what the target lacks, before the work
     reference = Reference.of(source.model, evaluation, config.device, metric)
     trials: list[Trial] = []
+    ranges: dict[int, RangeChoice] = {}  # that of the first trial; to choose anew takes most of the time
     most = 2 * len(source.graph.weighted).bit_length() + 1  # trials: doubling, and halving
 
     def tried(layers: Sequence[str], say: str) -> tuple[Trial, Quantized]:
         progress(say, len(trials), most, float("nan"))
         one = widened(plain, source.graph, layers, wider)
-        found = quantize(source, calibration, one)
+        found = quantize(source, calibration, one, known=tuple(ranges.values()))
+        ranges.update({choice.bits: choice for choice in found.ranges})
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "quantized.onnx"
             export(found.table, one, path)

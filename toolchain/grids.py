@@ -34,11 +34,17 @@ class Calibration:
 
 
 def calibrate(
-    model: TorchModel, placement: Placement, samples: Samples, config: Config, progress: Progress = lambda *_: None
+    model: TorchModel,
+    placement: Placement,
+    samples: Samples,
+    config: Config,
+    progress: Progress = lambda *_: None,
+    known: Sequence[RangeChoice] = (),
 ) -> Calibration:
     """Grids of all activations, from the float stream, and of all weights.
 
-    Activations that have no range (never made, empty, or not finite) get none.
+    Activations that have no range (never made, empty, or not finite) get none. `known` are methods that were chosen before, which are taken
+    for the activations of their bit width.
     """
     seen = observe(model, placement, samples, progress)
     placement = without(placement, placement.activations.keys() - seen.keys())
@@ -61,7 +67,9 @@ def calibrate(
             some = without(placement, {name for name, spec in placement.activations.items() if spec.bits != bits})
             return QuantTable(activation_grids(some, seen, by(method, config.percentile)))
 
-        chosen = choose_ranges(model, samples, widths, grids, progress)
+        taken = tuple(choice for choice in known if choice.bits in widths)
+        open_ = widths - {choice.bits for choice in taken}
+        chosen = (*taken, *(choose_ranges(model, samples, open_, grids, progress) if open_ else ()))
     return Calibration(grids_of(model.source, placement, seen, methods(config, chosen=chosen)), chosen)
 
 

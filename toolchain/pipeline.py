@@ -65,6 +65,7 @@ def quantize(
     progress: Progress = lambda *_: None,
     run: RunFolder | None = None,
     processes: Processes = ALONE,
+    known: Sequence[RangeChoice] = (),
 ) -> Quantized:
     """Quantize a float model: partition, calibrate, plan, reconstruct.
 
@@ -75,6 +76,7 @@ def quantize(
         progress: called as the work proceeds.
         run: where finished stages are kept, and taken from.
         processes: this one among those that learn together, each of which calls this; only the first has a run.
+        known: methods of ranges that an earlier run on these samples chose; what it has is not chosen again.
 
     Raises:
         UnsupportedModelError: ONNX Runtime cannot run the model on these samples, or what it was rewritten to computes something else.
@@ -113,7 +115,7 @@ def quantize(
     if saved:
         table, ranges = QuantTable(saved.tensors), tuple(RangeChoice.of(facts) for facts in saved.facts["ranges"])
     else:
-        found = calibrate(model, placement, few, config, progress)
+        found = calibrate(model, placement, few, config, progress, known)
         table, ranges = found.table, found.ranges
     unseen = sorted(placement.activations.keys() - table.tensors.keys())
     placement = without(placement, set(unseen))

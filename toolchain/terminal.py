@@ -249,11 +249,13 @@ def validation_table(v: dict[str, Any]) -> Table:
     if v.get("metric"):
         m = v["metric"]
         a, b = m["float_value"], m["quantized_value"]
-        table.add_row(escape(m["name"]), figure(a), figure(b), f"{'-' if b < a else '+'}{figure(abs(b - a))}")
+        change = f"{'-' if b < a else '+'}{figure(abs(b - a))}"
+        table.add_row(escape(m["name"]), figure(a), figure(b), change + _paired(v, figure))
     for key in ("top1", "top5"):
         if v[f"{key}_float"] is not None:
             a, b = v[f"{key}_float"], v[f"{key}_quantized"]
-            table.add_row(f"{key[:3]}-{key[3]} accuracy", f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points")
+            interval = _paired(v, lambda value: f"{value:+.2f}") if key == "top1" else ""
+            table.add_row(f"{key[:3]}-{key[3]} accuracy", f"{a:.2f} %", f"{b:.2f} %", f"{b - a:+.2f} points{interval}")
     if v["agreement"] is not None:
         table.add_row("same prediction as float", "", f"{v['agreement']:.2f} %", "")
     for name, value in v["sqnr"].items():
@@ -285,6 +287,12 @@ def validation_table(v: dict[str, Any]) -> Table:
         agrees = f"{s['agreement']:.2f} %" if s["agreement"] is not None else f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact"
         table.add_row("ONNX Runtime = simulation", "", agrees, f"{s['sqnr']:.1f} dB" if s["sqnr"] is not None else "exact")
     return table
+
+
+def _paired(v: dict[str, Any], form: Callable[[float], str]) -> str:
+    """The interval of the change, where there is one."""
+    found = v["intervals"].get("drop")
+    return f" (95 %: {form(-found[1])} to {form(-found[0])})" if found else ""
 
 
 def _table(title: str, *columns: str) -> Table:

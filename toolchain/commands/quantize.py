@@ -168,6 +168,7 @@ def _quantize(
     from ..device import pick_device
     from ..examination import examine
     from ..metric import Metric
+    from ..raising import opset_of
     from ..source import load_source
     from ..survey import expected_memory, survey
     from ..validation import judged
@@ -209,6 +210,9 @@ def _quantize(
     made = _metadata(source, config, data)
     exported = export_qdq(source.model, quantized.table, made, config.scheme)
     check_loads(exported)
+    if opset_of(exported) > source.opset:
+        raised = f"opset {source.opset} was raised to {opset_of(exported)} in the file, for the types of its codes"
+        quantized = dataclasses.replace(quantized, notes=(*quantized.notes, raised))
     run.begin_export()
     write_model(exported, output)
     if mode.encodings is not None:
