@@ -133,7 +133,12 @@ class QdqGraph:
 
     def serves(self, node: onnx.NodeProto) -> bool:
         """A node that only stands between quantizers."""
-        return node.op_type == "Clip" or self.adds_zero(node)
+        return node.op_type == "Clip" or self.adds_zero(node) or self.passes_on(node)
+
+    def passes_on(self, node: onnx.NodeProto) -> bool:
+        """A Max with the least float, which keeps ONNX Runtime from what is behind (`kept_float`)."""
+        least = self.constants.get(node.input[1]) if node.op_type == "Max" and len(node.input) == 2 else None
+        return least is not None and least.dims == [] and numpy_helper.to_array(least) == np.finfo(np.float32).min
 
     def adds_zero(self, node: onnx.NodeProto) -> bool:
         """An Add of a dequantized zero: it lets a requantization run as an integer kernel."""
@@ -311,7 +316,9 @@ def _is_folded(node: onnx.NodeProto, before: QdqGraph, after: QdqGraph, known: f
 
 
 def _serves_quantizers(node: onnx.NodeProto, after: QdqGraph) -> bool:
-    """A Clip or an Add of zero whose every reader, or whose input, is a quantizer."""
+    """A Clip or an Add of zero whose every reader, or whose input, is a quantizer; a Max that passes on what it reads."""
+    if after.passes_on(node):
+        return True
     made = after.producer.get(node.input[0]) if after.serves(node) else None
     readers = after.readers.get(node.output[0], []) if after.serves(node) else []
     behind = made is not None and made.op_type == "QuantizeLinear"

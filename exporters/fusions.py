@@ -209,10 +209,10 @@ class _Finder:
         if shifted is None or erf is None or [self._numbers.get(one) for one in shifted.input if one != erf.output[0]] != [1.0]:
             return None
         scaled = self._made(erf.input[0], "Div") or self._made(erf.input[0], "Mul")
-        if scaled is None or x not in scaled.input:
+        if scaled is None or x not in (scaled.input[:1] if scaled.op_type == "Div" else scaled.input):
             return None
         number = next((self._numbers[one] for one in scaled.input if one in self._numbers), 0.0)
-        wanted = math.sqrt(2.0 if scaled.op_type == "Div" and scaled.input[0] == x else 0.5)
+        wanted = math.sqrt(2.0 if scaled.op_type == "Div" else 0.5)
         return [scaled.output[0], erf.output[0], value] if abs(number - wanted) < _EXACT else None
 
     def _made(self, value: str, kind: str) -> onnx.NodeProto | None:

@@ -1,9 +1,10 @@
 """Layers that stay float between quantized values: ONNX Runtime (1.31.1) would round their weights to 8 bits, one scale for all, by itself.
 
-Its WeightBiasQuantization does so to Conv, ConvTranspose and Gemm whose input is dequantized with one scale and whose result is quantized
-again, and a layer that was kept in float because it is sensitive then has the worst grid of all (a depthwise one of MobileNetV2: 15 dB in
-place of 19). It leaves inputs alone that are dequantized with a scale for each channel. So such a layer reads one with the same scale as
-often as there are channels: the same numbers, to the bit.
+Its WeightBiasQuantization does so to Conv, ConvTranspose and Gemm (which it makes of MatMul and Add) whose input is dequantized with one
+scale and whose result is quantized again, and a layer that was kept in float because it is sensitive then has the worst grid of all (a
+depthwise one of MobileNetV2: 15 dB in place of 19). It leaves inputs alone that are dequantized with a scale for each channel. So such a
+layer reads one with the same scale as often as there are channels: the same numbers, to the bit. Where no axis is known to be longer than
+one, it reads them through a Max with the least float.
 """
 
 from collections.abc import Container, Mapping
@@ -17,7 +18,7 @@ from toolchain.graph import free_name
 
 from .walks import all_nodes, reads, replace_nodes, subgraphs, value_names
 
-_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVES = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice", "MaxPool"})  # it moves quantizers past these
 
 
@@ -42,8 +43,10 @@ def guard(model: onnx.ModelProto) -> None:
         if way and _ends_in_codes(node.output[0], readers, outputs):
             shapes = _shapes(model) if shapes is None else shapes
             channels = _channels(shapes.get(way[0].output[0], []))
-            if channels is not None:
-                taken = taken or value_names(graph).union(other.name for other in all_nodes(graph.node))
+            taken = taken or value_names(graph).union(other.name for other in all_nodes(graph.node))
+            if channels is None:
+                nodes.append(_passed_on(node, graph, taken))
+            else:
                 if any(len(readers[part.output[0]]) > 1 or part.output[0] in outputs for part in way):
                     way = _copied(way, node, taken)
                     nodes += way
@@ -69,11 +72,11 @@ def _way(node: onnx.NodeProto, producer: Mapping[str, onnx.NodeProto], constants
 
 
 def _ends_in_codes(value: str, readers: Mapping[str, list[onnx.NodeProto]], outputs: Container[str]) -> bool:
-    """Whether nothing but a Relu, a Clip or what moves stands between a value and the one quantizer that reads it."""
+    """Whether nothing but a sum with a bias, a Relu, a Clip or what moves stands between a value and the one quantizer that reads it."""
     while value not in outputs and len(behind := readers.get(value, [])) == 1 and not subgraphs(behind[0]):
         if behind[0].op_type == "QuantizeLinear":
             return True
-        if behind[0].op_type not in {"Relu", "Clip", *_MOVES}:
+        if behind[0].op_type not in {"Add", "Relu", "Clip", *_MOVES}:
             return False
         value = behind[0].output[0]
     return False
@@ -89,6 +92,14 @@ def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
 def _channels(shape: list[int]) -> tuple[int, int] | None:
     """An axis and its length: that of the channels, or another that no scale of one number covers."""
     return next(((axis, size) for axis, size in enumerate(shape) if axis and size > 1), None)
+
+
+def _passed_on(node: onnx.NodeProto, graph: onnx.GraphProto, taken: set[str]) -> onnx.NodeProto:
+    """A Max that a layer reads its input through."""
+    least = free_name(f"{node.name}_least", taken)
+    graph.initializer.append(numpy_helper.from_array(np.array(np.finfo(np.float32).min), least))
+    value, node.input[0] = node.input[0], free_name(f"{node.name}_operand", taken)
+    return helper.make_node("Max", [value, least], [node.input[0]], free_name(f"{node.name}_Operand", taken))
 
 
 def _copied(way: list[onnx.NodeProto], node: onnx.NodeProto, taken: set[str]) -> list[onnx.NodeProto]:

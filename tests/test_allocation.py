@@ -17,6 +17,7 @@ from toolchain.commands.files import writer
 from toolchain.config import Config
 from toolchain.errors import UsageError
 from toolchain.selection import match_nodes
+from toolchain.sensitivity import layers_before
 from toolchain.validation import Reference, validate
 
 CALIBRATION, EVALUATION = zoo.images(32), zoo.images(40, seed=5)
@@ -53,6 +54,26 @@ def test_nothing_is_raised_where_it_holds_already(tmp_path: Path) -> None:
     assert (found.holds, found.layers, [trial.layers for trial in found.trials]) == (True, (), [0])
 
 
+def test_a_goal_that_holds_needs_no_layer_with_room(tmp_path: Path) -> None:
+    assert allocated(tmp_path, Goal(min_sqnr=1.0), "w4a4", weight_bits=8, activation_bits=8).holds
+
+
+def test_a_gate_goes_with_the_layer_that_it_is_of(tmp_path: Path) -> None:
+    """The noise of a hard swish is that of the layer in front, and in float they go together: else its operand would stay on its grid."""
+    b = zoo.Builder({"x": ("N", 3, 8, 8)})
+    x = b.conv("x", 3, 8)
+    x = b.op("Mul", x, b.op("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+    x = b.conv(x, 8, 8, act="relu")
+    source = zoo.loaded(b.model(b.head(x, 8)), tmp_path)
+    config = Config(weight_bits=8, activation_bits=8, algorithm="minmax", device="cpu")
+    found = allocate(source, CALIBRATION, EVALUATION, config, "float", Goal(min_sqnr=200.0), writer(source))
+    first = next(node for node in source.graph.nodes if node.op_type == "Conv").name
+    gates = {node.name for node in source.graph.nodes if node.op_type in ("Mul", "HardSigmoid")}
+    assert gates <= set(found.nodes) if first in found.layers else not gates & set(found.nodes)
+    before = layers_before(source.graph)
+    assert {before[name] for name in gates} == {first}
+
+
 def test_goals() -> None:
     good, bad, unknown = Trial(0, 0.5, 20.0), Trial(0, 2.0, 10.0), Trial(0, None, 20.0)
     assert [Goal(max_drop=1.0).holds(trial) for trial in (good, bad)] == [True, False]
@@ -62,6 +83,8 @@ def test_goals() -> None:
         Goal(max_drop=1.0).holds(unknown)
     with pytest.raises(UsageError, match="--max-drop or --min-sqnr is needed"):
         Goal()
+    with pytest.raises(UsageError, match="--min-sqnr nan: expected a number of dB"):
+        Goal(min_sqnr=float("nan"))
 
 
 def test_a_node_that_is_named_like_an_operator_stands_for_itself(tmp_path: Path) -> None:
@@ -118,6 +141,12 @@ def test_from_the_command_line_to_a_model(place: Path) -> None:
     report = json.loads(made.stdout)
     assert report["config"]["bits"] == written["bits"]
     assert min(report["validation"]["sqnr"].values()) > 7  # learned in 5 iterations is about as good as rounded to nearest
+
+
+def test_the_samples_are_not_written_over(place: Path) -> None:
+    result = command(place, "-p", "w4a4", "--min-sqnr", 5, "-o", place / "calib.npz", "--overwrite")
+    assert (result.exit_code, "has the samples; choose another name" in result.output) == (2, True)
+    np.load(place / "calib.npz")
 
 
 def test_the_table_says_what_was_chosen(place: Path) -> None:

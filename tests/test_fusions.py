@@ -118,6 +118,13 @@ def of_another(b: zoo.Builder, x: str) -> str:
     return b.op("Mul", b.op("Mul", b.op("Neg", x), bell(b, x)), root(b, 0.5))
 
 
+def reciprocal(b: zoo.Builder, x: str) -> str:
+    """Of 1 / x, which is never 0 behind this sum."""
+    x = b.op("Add", b.op("Abs", x), root(b, 1.0))
+    gate = b.op("Add", b.op("Erf", b.op("Div", root(b, 0.5**0.5), x)), root(b, 1.0))
+    return b.op("Mul", b.op("Mul", x, gate), root(b, 0.5))
+
+
 def read_inside(b: zoo.Builder, x: str) -> str:
     gate = bell(b, x)
     return b.op("Add", b.op("Mul", b.op("Mul", x, gate), root(b, 0.5)), gate)
@@ -125,7 +132,7 @@ def read_inside(b: zoo.Builder, x: str) -> str:
 
 FORMS: dict[Callable[[zoo.Builder, str], str], bool] = {
     **dict.fromkeys((legacy, halved_first, halved_inside), True),
-    **dict.fromkeys((other_width, other_shift, whole, of_another, read_inside), False),
+    **dict.fromkeys((other_width, other_shift, whole, of_another, reciprocal, read_inside), False),
 }
 
 

@@ -219,10 +219,14 @@ def test_islands_are_in_the_json_of_a_plan(tmp_path: Path) -> None:
     assert rows[0]["reasons"] == ("Imputer has no torch converter",)
 
 
+@pytest.mark.parametrize("outside", [False, True])
 @pytest.mark.parametrize("kind", ["If", "Loop"])
 @pytest.mark.parametrize("moves", [["Transpose"], ["MaxPool"], ["Transpose", "Flatten"]])
-def test_what_a_subgraph_alone_reads_rearranged_loads(kind: str, moves: list[str], tmp_path: Path) -> None:
-    """ONNX Runtime aborts the process at a DequantizeLinear that is rearranged for a subgraph alone, hence the other process."""
+def test_what_a_subgraph_reads_rearranged_loads(kind: str, moves: list[str], outside: bool, tmp_path: Path) -> None:
+    """ONNX Runtime aborts the process at a DequantizeLinear that is rearranged for a subgraph, hence the other process.
+
+    `outside`: a node of the graph around it reads the value too.
+    """
     b = zoo.Builder({"x": ["N", 3, 8, 8]})
     y = b.conv("x", 3, 8, act="relu")
     moved = y
@@ -234,7 +238,8 @@ def test_what_a_subgraph_alone_reads_rearranged_loads(kind: str, moves: list[str
         branch = helper.make_graph([inner, given], "branch", [], [onnx.ValueInfoProto(name="given")])
         least = helper.make_node("ReduceMin", [moved], ["least"], keepdims=0)
         other = helper.make_graph([least], "other", [], [onnx.ValueInfoProto(name="least")])
-        condition = b.op("Greater", b.op("ReduceMax", y, keepdims=0), b.constant("zero", np.array(0.0, np.float32)))
+        whole = b.op("ReduceSum", moved, keepdims=0) if outside else b.op("ReduceMax", y, keepdims=0)
+        condition = b.op("Greater", whole, b.constant("zero", np.array(0.0, np.float32)))
         found = b.op("If", condition, then_branch=branch, else_branch=other)
     else:
         body = helper.make_graph(
@@ -244,7 +249,7 @@ def test_what_a_subgraph_alone_reads_rearranged_loads(kind: str, moves: list[str
             + [onnx.ValueInfoProto(name="state")],
             [onnx.ValueInfoProto(name="again"), onnx.ValueInfoProto(name="given")],
         )
-        start = b.op("ReduceMin", y, keepdims=0)
+        start = b.op("ReduceSum", moved, keepdims=0) if outside else b.op("ReduceMin", y, keepdims=0)
         found = b.op("Loop", b.constant("times", np.array(2)), b.constant("on", np.array(True)), start, body=body)
     source, _, quantized = learned(b.model(b.op("Add", b.head(b.conv(y, 8, 8, act="relu"), 8), found)), tmp_path)
     write_model(export_qdq(source.model, quantized.table), tmp_path / "q.onnx")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 from exporters import export_qdq
 from tests import zoo
@@ -77,3 +78,14 @@ def test_three_axes_of_space(tmp_path: Path) -> None:
     inputs = {"x": np.random.default_rng(0).normal(size=(2, 3, 4, 4, 4)).astype(np.float32)}
     (wanted,), (made,) = executed(model, inputs).values(), executed(found, inputs).values()
     np.testing.assert_allclose(made, wanted, rtol=1e-5, atol=1e-6)  # sums of 64 numbers in another order
+
+
+@pytest.mark.parametrize(("kind", "is_pooled"), [("FLOAT16", True), ("DOUBLE", False), ("INT32", False)])
+def test_types_that_are_not_pooled_keep_their_mean(kind: str, is_pooled: bool, tmp_path: Path) -> None:
+    """ONNX Runtime's CPU provider has no GlobalAveragePool of double, and ONNX none of integers."""
+    b = zoo.Builder({"x": ("N", 3, 8, 8)})
+    x = b.conv("x", 3, 6, act="relu")
+    mean = b.op("Cast", b.op("ReduceMean", b.op("Cast", x, to=TensorProto.DataType.Value(kind)), axes=[2, 3]), to=TensorProto.FLOAT)
+    source = zoo.loaded(b.model(b.head(b.conv(b.op("Mul", x, mean), 6, 6), 6)), tmp_path)
+    assert Counter(node.op_type for node in source.graph.nodes)["GlobalAveragePool"] == 1 + is_pooled
+    runtime.session(source.model)

@@ -37,6 +37,15 @@ def lost(outputs, labels):
 def empty(outputs, labels):
     return float("nan")
 
+def ends(outputs, labels):
+    raise SystemExit(0)
+
+def in_place(outputs, labels):
+    (scores,) = outputs.values()
+    scores[:] = scores > 0
+    labels[:] = 0
+    return scores.mean(1)
+
 def pairs(outputs, labels):
     return np.zeros((len(labels), 2))
 
@@ -101,6 +110,7 @@ def test_the_gate_is_in_the_unit_of_the_metric(place: Path) -> None:
     ("function", "words"),
     [
         ("lost", "KeyError: 'boxes'"),
+        ("ends", "SystemExit: 0"),
         ("empty", "returned NaN or an infinite number"),
         ("pairs", "returned shape [40, 2]; expected one number, or one for each of 40 samples"),
         ("nothing", "'nothing' is no function"),
@@ -113,6 +123,21 @@ def test_a_metric_that_fails_does_so_before_the_work(function: str, words: str, 
     assert words in result.output
     assert "calibrating" not in result.output
     assert not (place / "net.w4a4.onnx").exists()
+
+
+def test_a_metric_may_work_in_place(place: Path) -> None:
+    """What else is measured is not of what it leaves behind."""
+    given = ["-p", "w8a8", "--algorithm", "minmax", "--eval-data", place / "eval.npz", "--json", "--overwrite"]
+    first, second = (json.loads(quantize(place, *given, "--metric", named(place, name)).stdout) for name in ("each", "in_place"))
+    assert first["validation"]["sqnr"] == second["validation"]["sqnr"]
+    assert first["validation"]["simulation"] == second["validation"]["simulation"]
+
+
+def test_limits_are_in_the_unit_of_the_metric(place: Path) -> None:
+    given = ["--algorithm", "minmax", "--eval-data", place / "eval.npz", "--max-drop", 500]
+    assert quantize(place, *given, "--metric", named(place, "each")).exit_code == 0
+    result = quantize(place, *given[:2], "--max-drop", 500, "--overwrite")
+    assert (result.exit_code, "--max-drop 500.0: must be from 0.0 to 100.0" in result.output) == (2, True)
 
 
 def test_bad_spellings_and_labels_without_a_metric(place: Path) -> None:

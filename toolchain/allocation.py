@@ -5,6 +5,7 @@ file holds, and then halved between the last that did not and the first that did
 nearest with biases corrected, which takes seconds; what is learned with such bits afterwards is better than that.
 """
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ from .quant_table import QuantTable
 from .range_choice import RangeChoice
 from .retarget import rounded_to_nearest
 from .samples import Samples
-from .sensitivity import LayerSensitivity
+from .sensitivity import LayerSensitivity, layers_before
 from .source import SourceModel
 from .validation import Reference
 
@@ -43,6 +44,8 @@ class Goal:
     def __post_init__(self) -> None:
         if self.max_drop is None and self.min_sqnr is None:
             raise UsageError("--max-drop or --min-sqnr is needed: what the layers are chosen for")
+        if self.min_sqnr is not None and not math.isfinite(self.min_sqnr):
+            raise UsageError(f"--min-sqnr {self.min_sqnr}: expected a number of dB")
 
     def holds(self, trial: "Trial") -> bool:
         """Whether a file is good enough.
@@ -69,10 +72,12 @@ class Trial:
 class Allocation:
     """The layers that get more bits, of those with `room` for them, most noise first; `trials` in the order they were made.
 
-    `holds`: the goal is reached; if not, `layers` are all that may be taken: in float all but the one with the least noise.
+    `nodes` are those layers, and in float what is computed on integers from their results up to the next layers. `holds`: the goal is
+    reached; if not, `layers` are all that may be taken: in float all but the one with the least noise.
     """
 
     layers: tuple[str, ...]
+    nodes: tuple[str, ...]
     room: tuple[str, ...]
     trials: tuple[Trial, ...]
     holds: bool
@@ -113,9 +118,10 @@ def allocate(
     ranges: dict[int, RangeChoice] = {}  # that of the first trial; to choose anew takes most of the time
     most = 2 * len(source.graph.weighted).bit_length() + 1  # trials: doubling, and halving
 
-    def tried(layers: Sequence[str], say: str) -> tuple[Trial, Quantized]:
-        progress(say, len(trials), most, float("nan"))
-        one = widened(plain, source.graph, layers, wider)
+    def tried(layers: Sequence[str], nodes: Sequence[str]) -> tuple[Trial, Quantized]:
+        counted = f"{len(layers)} of {len(room)} layers at {wider}" if layers else "rounding all layers"
+        progress(counted, len(trials), most, float("nan"))
+        one = widened(plain, source.graph, nodes, wider)
         found = quantize(source, calibration, one, known=tuple(ranges.values()))
         ranges.update({choice.bits: choice for choice in found.ranges})
         with tempfile.TemporaryDirectory() as folder:
@@ -124,30 +130,41 @@ def allocate(
             trials.append(Trial(len(layers), *reference.held_against(path, config.scheme.elsewhere)))
         return trials[-1], found
 
-    first, base = tried((), "rounding all layers")
+    def first_of(count: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        layers = order[:count]
+        return layers, tuple(name for layer in layers for name in (layer, *behind.get(layer, ())))
+
+    def holds(count: int) -> bool:
+        return goal.holds(tried(*first_of(count))[0])
+
+    room: tuple[str, ...] = ()
+    first, base = tried((), ())
     noise = layer_noise(source, base, calibration, progress).layers
-    room = [layer.node for layer in sorted(noise, key=_alone) if _has_room(layer, wider)]
+    room = tuple(layer.node for layer in sorted(noise, key=_alone) if _has_room(layer, wider))
     order = room[:-1] if wider == FLOAT else room  # with all in float there is nothing to quantize
+    behind = _behind(source.graph, base) if wider == FLOAT else {}
+    if goal.holds(first):
+        return Allocation((), (), room, tuple(trials), True)
     if not order:
         raise UsageError(f"--to {wider}: {'there is one layer only' if room else f'no layer has fewer bits than that; try --to {FLOAT}'}")
-    if goal.holds(first):
-        return Allocation((), tuple(room), tuple(trials), True)
-    failed, held, count = 0, None, 1
-    while held is None and failed < len(order):
-        count = min(count, len(order))
-        if goal.holds(tried(order[:count], f"{count} of {len(room)} layers at {wider}")[0]):
-            held = count
-        else:
-            failed, count = count, 2 * count
-    if held is None:
-        return Allocation(tuple(order), tuple(room), tuple(trials), False)
+    failed, held = 0, 1
+    while not holds(held):
+        if held == len(order):
+            return Allocation(*first_of(held), room, tuple(trials), False)
+        failed, held = held, min(2 * held, len(order))
     while held - failed > 1:
-        count = (held + failed) // 2
-        if goal.holds(tried(order[:count], f"{count} of {len(room)} layers at {wider}")[0]):
-            held = count
-        else:
-            failed = count
-    return Allocation(tuple(order[:held]), tuple(room), tuple(trials), True)
+        middle = (held + failed) // 2
+        failed, held = (failed, middle) if holds(middle) else (middle, held)
+    return Allocation(*first_of(held), room, tuple(trials), True)
+
+
+def _behind(graph: Graph, base: Quantized) -> dict[str, list[str]]:
+    """The nodes on integers that no weights are of, by the layer that they are computed from."""
+    found: dict[str, list[str]] = {}
+    for node, layer in layers_before(graph).items():
+        if node in base.placement.met:
+            found.setdefault(layer, []).append(node)
+    return found
 
 
 def widened(config: Config, graph: Graph, layers: Sequence[str], wider: str) -> Config:

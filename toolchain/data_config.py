@@ -36,7 +36,6 @@ class DataConfig:
         "Largest drop allowed, in points of top-1 (of agreement without labels) or in the unit of --metric; more gives exit code 6.",
         "data",
         low=0.0,
-        high=100.0,
     )
     image_preset: str = option("imagenet", "Image preprocessing.", "images", choices=("imagenet", "tf", "raw01", "raw255"))
     image_size: str | None = option(None, "Height and width, as 224 or 224x320; default: the model's.", "images")
@@ -54,6 +53,8 @@ class DataConfig:
             check(spec, getattr(self, spec.name))
         if self.metric is not None and not all(self.metric.partition(":")[::2]):
             raise UsageError(f"--metric {self.metric}: expected module:function")
+        if self.metric is None and (self.max_drop or 0.0) > 100:
+            raise UsageError(f"--max-drop {self.max_drop}: must be from 0.0 to 100.0")
         for name in ("image_size", "image_crop", "image_mean", "image_std"):
             getattr(self, name.removeprefix("image_"))  # refuse bad spellings early
 

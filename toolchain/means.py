@@ -4,11 +4,13 @@ PyTorch's `mean((2, 3))`, as timm writes squeeze-and-excitation, is exported as 
 """
 
 import onnx
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
+from . import large
 from .graph import ONNX_DOMAINS, free_name
-from .protos import defined, inferred_shapes, replace_nodes
+from .protos import defined, replace_nodes
 
+_POOLED = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16})
 _RANK = 4  # the least: of three axes the last may be features, which a normalization takes the mean of
 
 
@@ -17,11 +19,11 @@ def pool_means(model: onnx.ModelProto) -> None:
     graph = model.graph
     if not any(node.op_type == "ReduceMean" for node in graph.node):
         return
-    shapes, constants = inferred_shapes(model), {tensor.name: tensor for tensor in graph.initializer}
+    ranks, constants = _ranks(model), {tensor.name: tensor for tensor in graph.initializer}
     taken = set(defined(graph)).union(node.name for node in graph.node)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        rank = len(shapes.get(node.input[0], ())) if node.op_type == "ReduceMean" and node.domain in ONNX_DOMAINS else 0
+        rank = ranks.get(node.input[0], 0) if node.op_type == "ReduceMean" and node.domain in ONNX_DOMAINS else 0
         if rank < _RANK or _axes(node, rank, constants) != set(range(2, rank)):
             nodes.append(node)
             continue
@@ -32,6 +34,16 @@ def pool_means(model: onnx.ModelProto) -> None:
         if not keeps:
             nodes.append(helper.make_node("Flatten", [pooled], list(node.output), free_name(f"{node.name}_Flatten", taken), axis=1))
     replace_nodes(graph, nodes)
+
+
+def _ranks(model: onnx.ModelProto) -> dict[str, int]:
+    """The number of axes of each value of a type that ONNX Runtime pools, as far as it is known."""
+    try:
+        graph = shape_inference.infer_shapes(large.skeleton(model)).graph
+    except shape_inference.InferenceError:
+        graph = model.graph
+    tensors = ((value.name, value.type.tensor_type) for value in (*graph.input, *graph.value_info, *graph.output))
+    return {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.elem_type in _POOLED}
 
 
 def _axes(node: onnx.NodeProto, rank: int, constants: dict[str, onnx.TensorProto]) -> set[int]:

@@ -45,8 +45,11 @@ class Metric:
         Raises:
             DataError: the function fails, or returns something else or no finite numbers.
         """
+        given = {
+            name: [*map(np.copy, some)] if isinstance(some, list) else some.copy() for name, some in outputs.items()
+        }  # it may work in place
         with users_code(f"{OPTION} {self.place}"):
-            values = np.asarray(self.function(outputs, labels), np.float64)
+            values = np.asarray(self.function(given, None if labels is None else labels.copy()), np.float64)
         if values.shape not in ((), (count,)):
             raise DataError(
                 f"{OPTION} {self.place}: returned shape {list(values.shape)}; expected one number, or one for each of {count} samples"

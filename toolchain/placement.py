@@ -98,7 +98,7 @@ def place(
         origin = flow.source(value)
         if origin != value:
             is_read = flow.integer_readers(value, integer) or flow.is_quantized_output(value) or value in copied
-            if origin in activations and (is_read or _is_captured_only(source, value)):
+            if origin in activations and (is_read or _is_captured(source, value)):
                 tied[value] = origin
             continue
         bits = _activation_bits(ground, value)
@@ -120,15 +120,13 @@ def place(
     )
 
 
-def _is_captured_only(source: SourceModel, value: str) -> bool:
-    """Whether the subgraphs of branches and loops alone read a value.
+def _is_captured(source: SourceModel, value: str) -> bool:
+    """Whether the subgraph of a branch or a loop reads a value from around it.
 
     ONNX Runtime (1.31.1) hands a DequantizeLinear on through what only moves its result, up to the next reader; where that is a subgraph,
     it takes the value for an input of the node that holds it and aborts the process. Behind a pair of its own there is nothing to hand on.
     """
-    readers = source.graph.readers_of(value)
-    is_input = any(value in source.node_protos[node.name].input for node in readers)
-    return bool(readers) and not is_input and value not in source.graph.outputs
+    return any(value not in source.node_protos[node.name].input for node in source.graph.readers_of(value))
 
 
 def operand_copies(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .activations import Parts, Passes, Piece, TorchModel, Value, run_piece, unpacked
-from .graph import Node
+from .graph import Graph, Node
 from .noise import sqnr
 from .quant_table import QuantTable
 from .samples import Samples
@@ -20,8 +20,9 @@ SAMPLES = 16  # enough to rank layers: their output noise differs by tens of dB
 class LayerSensitivity:
     """SQNR of the model's worst output, in dB over the same few samples.
 
-    `only_quantized`: this layer's weight, bias and input are on their grids and all else is float. `only_float`: these three are float and
-    all else is on its grid. The input's grid belongs to the value, so other readers of it are affected too.
+    `only_quantized`: this layer's weight, bias and input are on their grids, and what is made of its result up to the next layers (a gate,
+    an addend), and all else is float. `only_float`: these are float and all else is on its grid. The input's grid belongs to the value, so
+    other readers of it are affected too.
     """
 
     node: str
@@ -74,8 +75,9 @@ def sensitivity(
         reason = f"it would take about {estimate:.0f} s, more than a tenth of the run; --sensitivity measures it all the same"
         return Sensitivity(samples.count, whole, (), seconds, reason)
     found = []
+    between = _between(model.source.graph, table)
     for position, node in enumerate(layers):
-        own = _own(model, node, table)
+        own = _own(model, node, table) | between.get(node.name, frozenset())
         start = _start(model, node, own)
         alone = QuantTable({name: grid for name, grid in table.tensors.items() if name in own})
         others = QuantTable({name: grid for name, grid in table.tensors.items() if name not in own})
@@ -94,6 +96,35 @@ def sensitivity(
         )
         progress(position + 1, len(layers))
     return Sensitivity(samples.count, whole, tuple(found), time.perf_counter() - started)
+
+
+def layers_before(graph: Graph) -> dict[str, str]:
+    """The weighted layer that each node, other than these, is computed from; the last of several in execution order."""
+    order = {node.name: place for place, node in enumerate(graph.nodes)}
+    weighted = {node.name for node in graph.weighted}
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        makers = [made.name for value in node.inputs if (made := graph.producer.get(value)) is not None]
+        before = [name if name in weighted else found[name] for name in makers if name in weighted or name in found]
+        if node.name not in weighted and before:
+            found[node.name] = max(before, key=lambda name: order[name])
+    return found
+
+
+def _between(graph: Graph, table: QuantTable) -> dict[str, frozenset[str]]:
+    """The activations on grids that no layer reads, by the name of the layer that they are made of."""
+    read = {node.inputs[0] for node in graph.weighted}
+    read |= {table[name].tied_to or name for name in read if name in table}
+    weighted, before = {node.name for node in graph.weighted}, layers_before(graph)
+    found: dict[str, set[str]] = {}
+    for name, grid in table.tensors.items():
+        made = graph.producer.get(name)
+        if grid.codes is not None or made is None or not read.isdisjoint((name, grid.tied_to)):
+            continue
+        layer = made.name if made.name in weighted else before.get(made.name)
+        if layer is not None:
+            found.setdefault(layer, set()).add(name)
+    return {layer: frozenset(names) for layer, names in found.items()}
 
 
 def _own(model: TorchModel, node: Node, table: QuantTable) -> frozenset[str]:

@@ -31,7 +31,7 @@ def users_code(where: str) -> Iterator[None]:
     sys.path.insert(0, folder)
     try:
         yield
-    except Exception as error:  # anything may be raised there
+    except (Exception, SystemExit) as error:  # anything may be raised there; a script ends itself
         raise DataError(f"{where}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(folder)

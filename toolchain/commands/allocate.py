@@ -58,6 +58,8 @@ def allocate(
         check_output(model, output, overwrite)
         if data.calibration_data is None or data.eval_data is None:
             raise UsageError("--calibration-data and --eval-data are both needed: layers are chosen by what other samples than those show")
+        if output.resolve() in (Path(place).resolve() for place in (data.calibration_data, data.eval_data)):
+            raise UsageError(f"--output {output}: has the samples; choose another name")
         from .. import report, terminal
         from ..allocation import FLOAT, Goal, widened
         from ..allocation import allocate as allocated
@@ -98,7 +100,7 @@ def allocate(
             counts = f"{len(found.layers)} of {len(found.room)} layers"
             advice = "see what diagnose says of a file" if wider == FLOAT else f"try --to {FLOAT}"
             raise AccuracyGateError(f"with {counts} at {wider} it does not hold; nothing was written: {advice}")
-        save_text(output, dump_config(widened(config, source.graph, found.layers, wider), data), "--output")
+        save_text(output, dump_config(widened(config, source.graph, found.nodes, wider), data), "--output")
         if found.layers:
             shown.out.print(f"at {wider}: {', '.join(found.layers)}", markup=False, soft_wrap=True)
         command = shlex.join(["mrecg-onnx", "quantize", str(model), "--config", str(output)])
