@@ -73,6 +73,23 @@ def exported_sqnr(source: SourceModel, table: QuantTable) -> float:
     return sqnr(run[0][name], run[1][name])
 
 
+def made_of(source: SourceModel, table: QuantTable, value: str) -> str | None:
+    """The layer that a value on a grid, which no layer reads, is computed from without another in between: the last of several."""
+    graph = source.graph
+    layers = [node.name for node in graph.weighted]
+    read = {table[node.inputs[0]].tied_to or node.inputs[0] for node in graph.weighted} | {node.inputs[0] for node in graph.weighted}
+    if table[value].codes is not None or {value, table[value].tied_to} & read:
+        return None
+    found, values = set[str](), [value]
+    while values:
+        node = graph.producer.get(values.pop())
+        if node is not None and node.name in layers:
+            found.add(node.name)
+        elif node is not None:
+            values += node.inputs
+    return max(found, key=layers.index, default=None)
+
+
 def test_sensitivity_is_that_of_exported_models(case: tuple[SourceModel, Quantized, TorchModel]) -> None:
     source, found, model = case
     result = sensitivity(model, found.table, SAMPLES)
@@ -83,6 +100,7 @@ def test_sensitivity_is_that_of_exported_models(case: tuple[SourceModel, Quantiz
         weight, operand = source.graph.weight(node), node.inputs[0]
         assert weight is not None
         own = {weight, source.graph.bias(node), operand, found.table[operand].tied_to or operand}
+        own |= {name for name in found.table.tensors if made_of(source, found.table, name) == node.name}
         others = QuantTable({name: grid for name, grid in found.table.tensors.items() if name not in own})
         alone = QuantTable({name: grid for name, grid in found.table.tensors.items() if name in own})
         assert row.only_quantized == pytest.approx(exported_sqnr(source, alone), abs=0.5)
