@@ -124,7 +124,7 @@ def _with_cuts(source: onnx.GraphProto, model: onnx.ModelProto) -> onnx.ModelPro
     for node in changed.graph.node:
         if node.op_type not in ("Max", "Min") or node.name not in kinds:
             continue
-        front, low, high = producer.get(node.input[0]), "", ""
+        front = producer.get(node.input[0])
         low, high = (node.input[1], "") if node.op_type == "Max" else ("", node.input[1])
         if high and front is not None and front.op_type == "Max" and front.name.startswith(f"{node.name}_Max"):
             gone.add(front.output[0])

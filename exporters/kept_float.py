@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper, shape_inference
+from onnx import helper, numpy_helper
 
 import toolchain.large as large
 from toolchain.graph import free_name
@@ -50,7 +50,7 @@ def guard(model: onnx.ModelProto) -> None:
                 if any(len(readers[part.output[0]]) > 1 or part.output[0] in outputs for part in way):
                     way = _copied(way, node, taken)
                     nodes += way
-                _dequantize_by_channel(way[0], node.name, *channels, graph, taken)
+                graph.initializer.extend(_dequantize_by_channel(way[0], node.name, *channels, constants, taken))
         nodes.append(node)
     if taken:
         replace_nodes(graph, nodes)
@@ -84,9 +84,7 @@ def _ends_in_codes(value: str, readers: Mapping[str, list[onnx.NodeProto]], outp
 
 def _shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """What is known of the shapes of values, 0 for an axis that is not."""
-    graph = shape_inference.infer_shapes(large.skeleton(model)).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in large.inferred_values(model)}
 
 
 def _channels(shape: list[int]) -> tuple[int, int] | None:
@@ -117,11 +115,14 @@ def _copied(way: list[onnx.NodeProto], node: onnx.NodeProto, taken: set[str]) ->
     return copies
 
 
-def _dequantize_by_channel(pair: onnx.NodeProto, name: str, axis: int, size: int, graph: onnx.GraphProto, taken: set[str]) -> None:
-    """Give a DequantizeLinear its scale and zero point `size` times."""
-    constants = {tensor.name: tensor for tensor in graph.initializer}
+def _dequantize_by_channel(
+    pair: onnx.NodeProto, name: str, axis: int, size: int, constants: Mapping[str, onnx.TensorProto], taken: set[str]
+) -> list[onnx.TensorProto]:
+    """Give a DequantizeLinear its scale and zero point `size` times; returns these."""
+    made = []
     for place, (key, constant) in enumerate(zip(("scale", "zero_point"), pair.input[1:], strict=False), 1):
         number = numpy_helper.to_array(constants[constant]).reshape(())
         pair.input[place] = free_name(f"{name}_{key}", taken)
-        graph.initializer.append(numpy_helper.from_array(np.full(size, number), pair.input[place]))
+        made.append(numpy_helper.from_array(np.full(size, number), pair.input[place]))
     pair.attribute.append(helper.make_attribute("axis", axis))
+    return made

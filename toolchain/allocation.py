@@ -8,7 +8,7 @@ nearest with biases corrected, which takes seconds; what is learned with such bi
 import math
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,9 +19,8 @@ from .errors import UsageError
 from .examination import layer_noise
 from .graph import Graph
 from .metric import Metric
-from .pipeline import Quantized, quantize
+from .pipeline import Export, Quantized, quantize
 from .progress import Progress
-from .quant_table import QuantTable
 from .range_choice import RangeChoice
 from .retarget import rounded_to_nearest
 from .samples import Samples
@@ -30,8 +29,6 @@ from .source import SourceModel
 from .validation import Reference
 
 FLOAT = "float"
-Export = Callable[[QuantTable, Config, Path], None]
-"""Writes the quantized model of a table to a path; handed in, since learning knows nothing of exporters."""
 
 
 @dataclass(frozen=True)

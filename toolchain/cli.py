@@ -36,7 +36,6 @@ def main() -> None:
     """
 
 
-for _command in (
-    *(quantize, validate_command, report_command, inspect, diagnose_command, allocate, equalize, diff, export, check, compare, study),
-):
+_COMMANDS = (quantize, validate_command, report_command, inspect, diagnose_command, allocate, equalize, diff, export, check, compare, study)
+for _command in _COMMANDS:
     main.add_command(_command)

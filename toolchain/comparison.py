@@ -30,19 +30,14 @@ from .device import pick_device
 from .errors import UsageError
 from .intervals import paired_difference
 from .outcomes import differing
-from .pipeline import quantize
+from .pipeline import Export, quantize
 from .progress import Progress
-from .quant_table import QuantTable
 from .samples import Samples
 from .simulation import simulate
 from .source import SourceModel
 from .validation import ValidationReport, float_outputs, validate
 
 METHODS = "mse,adaround,brecq,qdrop,mrecg+brecq,mrecg+qdrop"
-Export = Callable[[QuantTable, Config, Path], None]
-"""Writes the quantized model of a table to a path; handed in, since learning knows nothing of exporters."""
-
-
 _ZEROQ = "zeroq+"  # before a method: it sees distilled samples alone
 
 

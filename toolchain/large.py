@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from .errors import UnsupportedModelError
 
@@ -135,6 +135,15 @@ def skeleton(model: onnx.ModelProto) -> onnx.ModelProto:
         else:
             result.graph.initializer.add().CopyFrom(tensor)
     return result
+
+
+def inferred_values(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """What is known of the values of a model: what it declares, and what ONNX infers where it can."""
+    try:
+        graph = shape_inference.infer_shapes(skeleton(model)).graph
+    except shape_inference.InferenceError:
+        graph = model.graph
+    return [*graph.input, *graph.value_info, *graph.output]
 
 
 def with_weights_of(model: onnx.ModelProto, change: Callable[[onnx.ModelProto], onnx.ModelProto]) -> onnx.ModelProto:

@@ -4,7 +4,7 @@ PyTorch's `mean((2, 3))`, as timm writes squeeze-and-excitation, is exported as 
 """
 
 import onnx
-from onnx import TensorProto, helper, numpy_helper, shape_inference
+from onnx import TensorProto, helper, numpy_helper
 
 from . import large
 from .graph import ONNX_DOMAINS, free_name
@@ -38,11 +38,7 @@ def pool_means(model: onnx.ModelProto) -> None:
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
     """The number of axes of each value of a type that ONNX Runtime pools, as far as it is known."""
-    try:
-        graph = shape_inference.infer_shapes(large.skeleton(model)).graph
-    except shape_inference.InferenceError:
-        graph = model.graph
-    tensors = ((value.name, value.type.tensor_type) for value in (*graph.input, *graph.value_info, *graph.output))
+    tensors = ((value.name, value.type.tensor_type) for value in large.inferred_values(model))
     return {name: len(tensor.shape.dim) for name, tensor in tensors if tensor.elem_type in _POOLED}
 
 

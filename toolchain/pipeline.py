@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from .activations import TorchModel
 from .bias_correction import correct_biases
@@ -29,6 +30,9 @@ from .source import SourceModel, infer_types
 from .survey import expected_memory, is_divisible, pass_size, survey
 from .unit import UnitResult, learned_weights
 from .units import reconstruct
+
+Export = Callable[[QuantTable, Config, Path], None]
+"""Writes the quantized model of a table to a path; handed in, since learning knows nothing of exporters."""
 
 _CALIBRATED = "calibrated"
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 import onnx
-from onnx import TensorProto, shape_inference
+from onnx import TensorProto
 
 from . import large
 
@@ -48,12 +48,7 @@ def rename_values(graph: onnx.GraphProto, names: dict[str, str], outputs: bool) 
 
 def inferred_shapes(model: onnx.ModelProto) -> dict[str, list[int]]:
     """What is known of the shapes of a model's values, 0 for an axis that is not."""
-    try:
-        graph = shape_inference.infer_shapes(large.skeleton(model)).graph
-    except shape_inference.InferenceError:
-        graph = model.graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values}
+    return {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in large.inferred_values(model)}
 
 
 def value_names(graph: onnx.GraphProto) -> set[str]:

@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from .graph import free_name
-from .protos import read_counts, replace_nodes, value_names
+from .protos import defined, read_counts, replace_nodes
 
 _BYTES = (TensorProto.UINT8, TensorProto.INT8)
 _OWN = "_Repeated"  # ends the name of a DequantizeLinear that only a convolution of repeated channels reads
@@ -36,7 +36,7 @@ def repeat_channels(graph: onnx.GraphProto) -> None:
             continue
         if node.output[0] not in quantized or counts[node.output[0]] > 1:
             continue  # it runs in float
-        taken = taken or value_names(graph).union(other.name for other in graph.node)
+        taken = taken or set(defined(graph)).union(other.name for other in graph.node)
         channels, repeated = (free_name(f"{node.name}_{ending}", taken) for ending in ("channels", "repeated"))
         group = _group(node)
         graph.initializer.append(numpy_helper.from_array(np.arange(group.i, dtype=np.int64).repeat(times), channels))
